@@ -1,0 +1,1 @@
+"""Engines: one file per engine library behind one contract (`base.Engine`)."""

@@ -1,0 +1,93 @@
+"""`python -m runtime.generate`: one answer from the command line, streamed as it is made.
+
+    python -m runtime.generate --bundle bundles/tiny-llava-cpu --image scene.png --prompt "what is at row 2 column 3?"
+
+Text goes to stdout, statistics to stderr; with --json the last line of stdout is one object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.command_line import run_command
+from runtime.generation import Generation
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m runtime.generate", description="Answer a question about images with a bundle.")
+    parser.add_argument("--bundle", type=Path, required=True, help="directory made by python -m export.build")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several, in order")
+    parser.add_argument("--prompt", required=True, help="the question")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt")
+    parser.add_argument("--keep", type=_keep, metavar="R|all", help="visual tokens kept after the split (default: the bundle's first budget)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N")
+    parser.add_argument("--do-sample", action="store_true", default=None, help="sample instead of taking the most probable token")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
+    parser.add_argument("--threads", type=int, help="engine threads (default: one per core)")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="write the first image with its kept patches and entropy")
+    parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    return parser
+
+
+def _keep(text: str) -> int | str:
+    if text == "all" or text.isdigit():
+        return text if text == "all" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor 'all'")
+
+
+def summary(result: Generation) -> str:
+    """Figures of one answer in two lines."""
+    stages = ", ".join(f"{name} {ms:.1f}" for name, ms in result.stages_ms.items())
+    return (
+        f"{result.prompt_tokens} prompt tokens, {result.kept_tokens} of {result.visual_tokens} visual tokens kept; "
+        f"first token after {result.ttft_ms:.1f} ms, then {result.tpot_ms:.1f} ms per token\nms by stage: {stages}"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from runtime.pipeline import load
+
+    vlm = load(args.bundle, threads=args.threads)
+    user = {"role": "user", "content": [*({"type": "image"} for _ in args.image), {"type": "text", "text": args.prompt}]}
+    messages = [{"role": "system", "content": [{"type": "text", "text": args.system}]}, user] if args.system else [user]
+    stream = vlm.stream(
+        messages, args.image, keep=args.keep, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, repetition_penalty=args.repetition_penalty, seed=args.seed, stop_strings=args.stop,
+    )  # fmt: skip
+    for i, piece in enumerate(stream):
+        print(piece.lstrip() if i == 0 else piece, end="", flush=True)
+    print()
+    result = stream.result
+    print(summary(result), file=sys.stderr)
+    if args.picture:
+        _write_picture(vlm, args, result)
+    if args.json:
+        print(json.dumps(result.to_dict()))
+    return 0
+
+
+def _write_picture(vlm: object, args: argparse.Namespace, result: Generation) -> None:
+    from runtime.errors import UsageError
+    from runtime.picture import draw_selection
+
+    if not args.image:
+        raise UsageError("--picture needs an --image to draw")
+    draw_selection(vlm, args.image[0], result).save(args.picture)  # type: ignore[arg-type]
+    print(f"picture: {args.picture}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(build_parser(), _run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,81 @@
+"""The key-value cache of one group of layers: fixed-size buffers, one length, writes in place.
+
+A conversation has two groups whose lengths differ: `pre` holds every token, `post` holds the kept visual tokens and all text.
+Knows nothing about engines; an engine binds `buffers` as they are and rebinds when `generation` changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from runtime import names
+from runtime.errors import ContextLengthError
+
+ROUND_TO = 64  # capacities are multiples of this: attention on a CPU costs by capacity, not by length
+
+
+class KVGroup:
+    """Buffers [1, kv_heads, capacity, head_size] float32 for keys and values of some layers, and how many rows are valid.
+
+    The group owns its buffers. Rows at and beyond `length` are finite but meaningless. Only the pipeline calls `advance`.
+    """
+
+    def __init__(self, layers: Iterable[int], kv_heads: int, head_size: int, capacity: int, limit: int) -> None:
+        self.layers = tuple(layers)
+        self.length = 0
+        self.limit = limit
+        self.generation = 0
+        capacity = min(_round_up(capacity), _round_up(limit))
+        shape = (1, kv_heads, capacity, head_size)
+        self.buffers = {name: np.zeros(shape, np.float32) for i in self.layers for name in (names.past_key(i), names.past_value(i))}
+
+    @property
+    def capacity(self) -> int:
+        """Rows the buffers hold."""
+        return int(next(iter(self.buffers.values())).shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(b.nbytes for b in self.buffers.values())
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for `rows` more rows; a growing cache at least doubles.
+
+        Raises:
+            ContextLengthError: the group would exceed its limit.
+        """
+        needed = self.length + rows
+        if needed > self.limit:
+            raise ContextLengthError(
+                f"{needed} tokens exceed the maximum context of {self.limit}: shorten the prompt, or export with a larger --max-context"
+            )
+        if needed <= self.capacity:
+            return
+        capacity = min(max(2 * self.capacity, _round_up(needed)), _round_up(self.limit))
+        for name, old in self.buffers.items():
+            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            new[:, :, : self.length] = old[:, :, : self.length]
+            self.buffers[name] = new
+        self.generation += 1
+
+    def advance(self, rows: int) -> None:
+        """Counts rows that an engine has just written."""
+        self.length += rows
+
+    def truncate(self, length: int) -> None:
+        """Forgets the rows from `length` on; nothing is copied or cleared."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} rows to {length}")
+        self.length = length
+
+    def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Valid keys and values of a layer (global index), [kv_heads, length, head_size] views."""
+        keys, values = self.buffers[names.past_key(i)], self.buffers[names.past_value(i)]
+        return keys[0, :, : self.length], values[0, :, : self.length]
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // ROUND_TO) * ROUND_TO

@@ -1,0 +1,219 @@
+"""The contract between exporter and runtime: `bundle.json`, read, validated and checked against the files.
+
+The exporter writes a `Manifest`; the runtime believes nothing else about a bundle. Knows nothing about engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import BundleError, StorageError
+from runtime.names import MANIFEST_FILE, SCORE_MODES, score_graph
+
+SCHEMA_VERSION = 1
+MAX_MANIFEST_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One graph input or output: numpy dtype name, and a shape of sizes and symbolic dimension names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInfo:
+    """One engine graph: the ONNX file inside the bundle and its whole I/O table."""
+
+    file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file of the bundle: its size and SHA-256 (hexadecimal)."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The decoder's numbers that the runtime needs; `visual_tokens` is what one image gives (N of one image)."""
+
+    layers: int
+    hidden_size: int
+    query_heads: int
+    kv_heads: int
+    head_size: int
+    vocab_size: int
+    position_rows: int
+    visual_tokens: int
+
+    def kv_bytes_per_token(self, layers: int, bytes_per_value: int = 4) -> int:
+        """Bytes one token takes in the KV cache of `layers` layers."""
+        return 2 * layers * self.kv_heads * self.head_size * bytes_per_value
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the weights came from: checkpoint directory's name, and the SHA-256 over its weight files' own hashes."""
+
+    checkpoint: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a runtime may believe about a bundle.
+
+    `split_layer` is K: layers 0..K-1 see every token. `budgets` are the keep counts built in, the default first. `flops` holds
+    counted figures per stage (report.json has the details). `embedding` is the token table's file, [vocab, hidden] float32 row
+    after row. `image_token` is the placeholder's text in a rendered prompt.
+    """
+
+    schema_version: int
+    tool_version: str
+    created: str
+    family: str
+    model: str
+    target: str
+    precision: str
+    source: Source
+    geometry: Geometry
+    split_layer: int
+    score_mode: str
+    budgets: tuple[int, ...]
+    max_context: int
+    image_token: str
+    image_token_id: int
+    embedding: str
+    graphs: dict[str, GraphInfo]
+    files: dict[str, FileInfo]
+    flops: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.schema_version > SCHEMA_VERSION:
+            raise BundleError(
+                f"the bundle has schema {self.schema_version}, this version reads up to {SCHEMA_VERSION}: upgrade, or export it again"
+            )
+        if not 1 <= self.split_layer < self.geometry.layers:
+            raise BundleError(f"split_layer {self.split_layer} is outside 1..{self.geometry.layers - 1}: export the bundle again")
+        if self.score_mode not in SCORE_MODES:
+            raise BundleError(f"unknown score_mode {self.score_mode!r}: export the bundle again, or upgrade")
+        missing = [b for b in self.budgets if score_graph(b) not in self.graphs]
+        if missing or not self.budgets:
+            raise BundleError(f"no score graph for the budgets {missing or '(none listed)'}: export the bundle again")
+        for name in (*self.files, *(g.file for g in self.graphs.values()), self.embedding):
+            _check_inside(name)
+        for name in (*(g.file for g in self.graphs.values()), self.embedding):
+            if name not in self.files:
+                raise BundleError(f"{name} is used but not listed among the bundle's files: export the bundle again")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parses and validates; unknown keys of a known schema are an error, as are missing ones and wrong types."""
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{MANIFEST_FILE} is not valid JSON ({error}): export the bundle again") from error
+        if isinstance(raw, dict) and isinstance(raw.get("schema_version"), int) and raw["schema_version"] > SCHEMA_VERSION:
+            raise BundleError(
+                f"the bundle has schema {raw['schema_version']}, this version reads up to {SCHEMA_VERSION}: upgrade, or export it again"
+            )
+        result: Manifest = _build(cls, raw, MANIFEST_FILE)
+        return result
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Reads a bundle's manifest without touching its other files.
+
+    Raises:
+        BundleError: there is no bundle, or its manifest cannot be used.
+    """
+    path = bundle / MANIFEST_FILE
+    if not bundle.is_dir():
+        raise BundleError(f"{bundle} is not a directory: name a bundle made by `python -m export.build`")
+    if not path.is_file():
+        raise BundleError(f"{bundle} holds no {MANIFEST_FILE}: name a bundle made by `python -m export.build`")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} has {path.stat().st_size} bytes, more than any manifest ({MAX_MANIFEST_BYTES}): export the bundle again")
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} is not UTF-8 text: export the bundle again") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def check_files(bundle: Path, manifest: Manifest, *, hashes: bool = True) -> None:
+    """Compares every listed file with its recorded size and, with `hashes`, its SHA-256.
+
+    Raises:
+        BundleError: a file is missing, is a link, or differs; the message names it.
+    """
+    for name, info in manifest.files.items():
+        path = bundle / name
+        if path.is_symlink() or not path.resolve().is_relative_to(bundle.resolve()):
+            raise BundleError(f"{name} is a link or leads out of the bundle: copy the bundle's files themselves")
+        if not path.is_file():
+            raise BundleError(f"{name} is missing from {bundle}: copy the bundle again, or export it again")
+        size = path.stat().st_size
+        if size != info.bytes:
+            raise BundleError(f"{name} has {size} bytes, the manifest says {info.bytes}: copy the bundle again, or export it again")
+        if hashes and sha256_of(path) != info.sha256:
+            raise BundleError(f"{name} was altered (its SHA-256 differs from the manifest): copy the bundle again, or export it again")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _check_inside(name: str) -> None:
+    parts = name.replace("\\", "/").split("/")
+    if not name or os.path.isabs(name) or ":" in name or ".." in parts or "" in parts:
+        raise BundleError(f"the manifest names {name!r}, which is not a path inside the bundle: export the bundle again")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Makes a typed value out of parsed JSON, or says which entry is wrong."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise BundleError(f"{where}: expected an object, got {type(value).__name__}: export the bundle again")
+        hints = typing.get_type_hints(kind)
+        needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+        wrong = sorted(needed - set(value)) or sorted(set(value) - set(hints))
+        if wrong:
+            raise BundleError(f"{where}: missing or unknown entries {wrong}: export the bundle again")
+        return kind(**{k: _build(hints[k], v, f"{where}: {k}") for k, v in value.items()})
+    if origin is tuple and isinstance(value, list):
+        return tuple(_build(typing.get_args(kind)[0], v, where) for v in value)
+    if origin is dict and isinstance(value, dict):
+        return {k: _build(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
+    accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (int, float) if kind is float else (kind,)
+    if origin in (tuple, dict) or not isinstance(value, accepted) or isinstance(value, bool):
+        raise BundleError(f"{where}: {value!r:.60} has the wrong type: export the bundle again")
+    return value

@@ -1,0 +1,65 @@
+"""The names of graphs and tensors, in one place: the exporter writes them, the runtime binds them.
+
+Tensor names follow Hugging Face and ONNX Runtime GenAI. A layer index is always the global one, in both halves.
+"""
+
+from __future__ import annotations
+
+VISION = "vision"
+PRE_ECL = "pre_ecl"
+SCORE = "score"
+POST_ECL = "post_ecl"
+
+PIXEL_VALUES = "pixel_values"
+IMAGE_EMBEDS = "image_embeds"
+INPUTS_EMBEDS = "inputs_embeds"
+POSITION_IDS = "position_ids"
+PAST_LENGTH = "past_length"
+LAST_INDEX = "last_index"
+HIDDEN_STATES = "hidden_states"
+SCORE_STATES = "score_states"
+KEPT_HIDDEN_STATES = "kept_hidden_states"
+KEPT_POSITION_IDS = "kept_position_ids"
+KEPT_INDICES = "kept_indices"
+TOKEN_ENTROPY = "token_entropy"
+IMAGE_SEED = "image_seed"
+LOGITS = "logits"
+
+MANIFEST_FILE = "bundle.json"
+REPORT_FILE = "report.json"
+VERIFY_FILE = "verify.json"
+
+SCORE_MODES = ("trace", "row", "raw", "random", "energy-high", "energy-low", "uniform")
+
+
+def past_key(layer: int) -> str:
+    """Input: the key cache of a layer."""
+    return f"past_key_values.{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    """Input: the value cache of a layer."""
+    return f"past_key_values.{layer}.value"
+
+
+def present_key(layer: int) -> str:
+    """Output: the key cache of a layer with the new rows written."""
+    return f"present.{layer}.key"
+
+
+def present_value(layer: int) -> str:
+    """Output: the value cache of a layer with the new rows written."""
+    return f"present.{layer}.value"
+
+
+def tap(layer: int) -> str:
+    """Debug output: the hidden states that leave a layer (only in graphs built with debug outputs)."""
+    return f"hidden_states.{layer}"
+
+
+ALL_LOGITS = "all_logits"
+
+
+def score_graph(keep: int) -> str:
+    """The manifest's name of the score graph of one budget."""
+    return f"{SCORE}.{keep}"
