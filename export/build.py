@@ -1,0 +1,223 @@
+"""`python -m export.build`: from a Hugging Face checkpoint to a bundle of engine graphs, split at a decoder layer.
+
+    python -m export.build --model tiny-llava --target cpu
+    python -m export.build --model llava15 --target cpu --checkpoint DIR --keep 166 --split-layer 2
+
+The bundle is written beside its place and moved there whole: a failed build leaves an earlier bundle as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.command_line import run_command
+
+if TYPE_CHECKING:
+    from export.graphs.builder import GraphBuilder
+    from export.plan import BuildOptions, BuildPlan
+    from runtime.manifest import FileInfo, GraphInfo, Manifest
+
+EMBEDDING_FILE = "embed_tokens.fp32.bin"
+WEIGHTS_FILE = "weights.{precision}.bin"
+Progress = Callable[[int], None]
+
+
+@dataclass(slots=True)
+class _Writer:
+    """Writes one bundle's files into a directory and remembers their hashes."""
+
+    plan: BuildPlan
+    directory: Path
+    progress: Progress
+    graphs: dict[str, GraphInfo] = field(default_factory=dict)
+    files: dict[str, FileInfo] = field(default_factory=dict)
+
+    def write(self) -> Manifest:
+        self._embedding()
+        self._weight_graphs()
+        self._score_graphs()
+        self._text_files()
+        return self._manifest()
+
+    def _embedding(self) -> None:
+        from export.weights import WeightFile
+
+        with WeightFile(self.directory / EMBEDDING_FILE, self.progress) as file:
+            file.add("embed_tokens.weight", self.plan.weights.read("embed_tokens.weight"))
+        self.files[EMBEDDING_FILE] = file.info()
+
+    def _weight_graphs(self) -> None:
+        from export.graphs.clip import build_clip_vision
+        from export.graphs.decoder import build_decoder_half, post_ecl, pre_ecl
+        from export.weights import WeightFile
+        from runtime import names
+
+        plan, read = self.plan, self.plan.weights.read
+        halves = pre_ecl(plan.split_layer, debug=plan.debug), post_ecl(plan.split_layer, plan.spec.decoder.layers, debug=plan.debug)
+        with WeightFile(self.directory / WEIGHTS_FILE.format(precision=plan.precision), self.progress) as file:
+            self._graph(names.VISION, build_clip_vision(plan.spec.vision, read, file))
+            for half in halves:
+                self._graph(half.name, build_decoder_half(plan.spec.decoder, half, read, file, plan.max_context))
+        self.files[file.path.name] = file.info()
+
+    def _score_graphs(self) -> None:
+        from export.graphs.score import ScoreSpec, build_score
+        from runtime.names import score_graph
+
+        decoder = self.plan.spec.decoder
+        for keep in self.plan.budgets:
+            spec = ScoreSpec(
+                heads=decoder.query_heads, head_size=decoder.head_size, hidden_size=decoder.hidden_size, position_rows=1, keep=keep,
+                mode=self.plan.score_mode, grid_width=self.plan.spec.vision.grid, visual_tokens=None,
+            )  # fmt: skip
+            self._graph(score_graph(keep), build_score(spec))
+
+    def _graph(self, name: str, builder: GraphBuilder) -> None:
+        from runtime.manifest import GraphInfo
+
+        path = self.directory / f"{name}.onnx"
+        builder.save(path)
+        self._file(path.name)
+        self.graphs[name] = GraphInfo(path.name, builder.inputs, builder.outputs)
+
+    def _text_files(self) -> None:
+        from export.text_files import bundle_text_files
+
+        for name, text in bundle_text_files(self.plan).items():
+            (self.directory / name).write_text(text, encoding="utf-8")
+            self._file(name)
+
+    def _file(self, name: str) -> None:
+        from runtime.manifest import FileInfo, sha256_of
+
+        path = self.directory / name
+        self.files[name] = FileInfo(path.stat().st_size, sha256_of(path))
+
+    def _manifest(self) -> Manifest:
+        from export import TOOL_VERSION
+        from export.report import stage_flops
+        from runtime.manifest import SCHEMA_VERSION, Geometry, Manifest, Source
+
+        plan, d = self.plan, self.plan.spec.decoder
+        flops = stage_flops(plan, self.directory, self.graphs)
+        return Manifest(
+            schema_version=SCHEMA_VERSION, tool_version=TOOL_VERSION, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            family=plan.model.family, model=plan.model.name, target=plan.target.name, precision=plan.precision,
+            source=Source(plan.checkpoint.name, plan.checkpoint.revision),
+            geometry=Geometry(
+                layers=d.layers, hidden_size=d.hidden_size, query_heads=d.query_heads, kv_heads=d.kv_heads, head_size=d.head_size,
+                vocab_size=d.vocab_size, position_rows=1, visual_tokens=plan.visual_tokens,
+            ),
+            split_layer=plan.split_layer, score_mode=plan.score_mode, budgets=plan.budgets, max_context=plan.max_context,
+            image_token=plan.checkpoint.image_token(plan.spec.image_token_id), image_token_id=plan.spec.image_token_id,
+            embedding=EMBEDDING_FILE, graphs=self.graphs, files=self.files, flops=flops,
+        )  # fmt: skip
+
+
+def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None) -> Manifest:
+    """Writes a bundle to `output`, whole or not at all.
+
+    Args:
+        progress: called with the number of weight bytes after each tensor.
+
+    Raises:
+        BundleExistsError: `output` holds something else, or another build is writing it.
+        StorageError: it cannot be written.
+    """
+    from export.report import make_report
+    from export.staging import staged
+    from runtime.names import MANIFEST_FILE, REPORT_FILE
+
+    with staged(output) as directory:
+        manifest = _Writer(plan, directory, progress or (lambda _: None)).write()
+        (directory / REPORT_FILE).write_text(json.dumps(make_report(plan, manifest), indent=2) + "\n", encoding="utf-8")
+        (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m export.build", description="Export a multimodal LLM, split at its entropy collapse layer.")
+    parser.add_argument("--model", required=True, help="a model of configs/models, e.g. tiny-llava or llava15")
+    parser.add_argument("--target", default="cpu", help="a target of configs/targets (default: cpu)")
+    parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="Hugging Face checkpoint directory, or an id in the local cache")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--keep", type=_keep_list, metavar="R[,R...]", help="visual tokens kept after the split; several make several budgets")
+    budget.add_argument("--avg-keep", type=float, metavar="A", help="the paper's budget: visual tokens averaged over all layers")
+    budget.add_argument("--keep-percent", type=float, metavar="P", help="percent of the visual tokens kept after the split")
+    parser.add_argument("--split-layer", type=int, metavar="K", help="layers before the pruning (default: the model's)")
+    parser.add_argument("--score-mode", default="trace", help="trace, row, raw; controls: random, energy-high, energy-low, uniform")
+    parser.add_argument("--precision", help="of the weights (default: the target's)")
+    parser.add_argument("--max-context", type=int, metavar="C", help="largest prompt + answer in tokens (default: the model's)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the bundle (default: bundles/MODEL-TARGET)")
+    parser.add_argument("--debug-outputs", action="store_true", help="graphs with every layer's hidden states and all rows' logits")
+    parser.add_argument("--dry-run", action="store_true", help="print plan and sizes, write nothing")
+    parser.add_argument("--json", action="store_true", help="the last line of stdout is the report as one JSON object")
+    return parser
+
+
+def _keep_list(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 166 or 166,98,29") from error
+
+
+def _options(args: argparse.Namespace) -> BuildOptions:
+    from export.plan import BuildOptions
+
+    return BuildOptions(
+        model=args.model, target=args.target, checkpoint=args.checkpoint, keep=args.keep, avg_keep=args.avg_keep,
+        keep_percent=args.keep_percent, split_layer=args.split_layer, score_mode=args.score_mode, precision=args.precision,
+        max_context=args.max_context, debug=args.debug_outputs,
+    )  # fmt: skip
+
+
+def _run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from export.plan import default_output, make_plan
+    from export.report import describe_plan, describe_report, make_report
+    from export.staging import check_destination
+
+    options = _options(args)
+    output = args.output or default_output(options)
+    plan = make_plan(options)
+    check_destination(output)
+    print(describe_plan(plan, output), file=sys.stderr)
+    if args.dry_run:
+        print("dry run: nothing was written")
+        return 0
+    _check_space(plan, output)
+    total = plan.weights.bytes_to_write()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None, file=sys.stderr) as bar:
+        manifest = build_bundle(plan, output, bar.update)
+    report = make_report(plan, manifest)
+    print(describe_report(report, output))
+    if args.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _check_space(plan: BuildPlan, output: Path) -> None:
+    from runtime.errors import StorageError
+
+    parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
+    free, needed = shutil.disk_usage(parent).free, plan.weights.bytes_to_write()
+    if free < needed * 1.02:
+        raise StorageError(f"{parent} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB: free some space or choose another --output")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(build_parser(), _run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

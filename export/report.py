@@ -1,0 +1,124 @@
+"""What a build tells the user: plan, sizes, FLOPs per stage dense and pruned, KV bytes; as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from export.flops import count_flops
+from export.plan import BuildPlan
+from runtime import names
+from runtime.manifest import GraphInfo, Manifest
+from runtime.names import score_graph
+
+TEXT_TOKENS = 32  # prompt tokens besides the image that the FLOPs are counted with
+_STAGE_WORDS = {
+    "vision": "vision tower and projector", "pre_ecl": "decoder before the split", "score": "score",
+    "post_ecl": "decoder after the split", "head": "language-model head",
+}  # fmt: skip
+
+
+def stage_flops(plan: BuildPlan, directory: Path, graphs: Mapping[str, GraphInfo]) -> dict[str, float]:
+    """Matrix-product FLOPs of one prefill, counted from the graph files: one image, TEXT_TOKENS text tokens.
+
+    Keys: vision, pre_ecl, head, post_ecl (dense: all visual tokens), and per budget `score.R`, `post_ecl.R`.
+    """
+    n, d = plan.visual_tokens, plan.spec.decoder
+
+    def half(name: str, tokens: int) -> int:
+        return count_flops(directory / graphs[name].file, {"sequence": tokens, "capacity": tokens}).matmul
+
+    head = 2 * d.hidden_size * d.vocab_size * ((TEXT_TOKENS + n + 1) if plan.debug else 1)
+    flops: dict[str, float] = {
+        names.VISION: count_flops(directory / graphs[names.VISION].file, {"images": 1}).matmul,
+        names.PRE_ECL: half(names.PRE_ECL, n + TEXT_TOKENS),
+        names.POST_ECL: half(names.POST_ECL, n + TEXT_TOKENS) - head,
+        "head": 2 * d.hidden_size * d.vocab_size,
+    }
+    for keep in plan.budgets:
+        score = count_flops(directory / graphs[score_graph(keep)].file, {"N": n})
+        flops[score_graph(keep)] = score.matmul + score.elementwise
+        kept = half(names.POST_ECL, keep + TEXT_TOKENS)
+        flops[f"{names.POST_ECL}.{keep}"] = kept - (2 * d.hidden_size * d.vocab_size * (TEXT_TOKENS + keep + 1) if plan.debug else head)
+    return flops
+
+
+def make_report(plan: BuildPlan, manifest: Manifest) -> dict[str, Any]:
+    """The report as plain data (written to report.json)."""
+    d, k = plan.spec.decoder, plan.split_layer
+    flops, n = manifest.flops, plan.visual_tokens
+    dense = sum(flops[s] for s in (names.PRE_ECL, names.POST_ECL, "head"))
+    budgets = []
+    for keep in plan.budgets:
+        pruned = flops[names.PRE_ECL] + flops[score_graph(keep)] + flops[f"{names.POST_ECL}.{keep}"] + flops["head"]
+        kv = {"pre_ecl": n * d.kv_bytes_per_token(k), "post_ecl": keep * d.kv_bytes_per_token(d.layers - k)}
+        budgets.append({
+            "keep": keep, "average_keep": round(plan.average_keep(keep), 2), "decoder_flops": pruned,
+            "decoder_flops_share": round(pruned / dense, 4), "kv_bytes_of_one_image": kv,
+        })  # fmt: skip
+    return {
+        "model": plan.model.name, "target": plan.target.name, "precision": plan.precision, "layers": d.layers, "split_layer": k,
+        "score_mode": plan.score_mode, "visual_tokens": n, "text_tokens": TEXT_TOKENS, "max_context": plan.max_context,
+        "bytes": {name: info.bytes for name, info in manifest.files.items()},
+        "bytes_total": sum(info.bytes for info in manifest.files.values()),
+        "flops": flops, "decoder_flops_dense": dense, "flops_source": "counted from the exported graphs; a multiply-add counts as 2",
+        "kv_bytes_per_token": {"pre_ecl": d.kv_bytes_per_token(k), "post_ecl": d.kv_bytes_per_token(d.layers - k)},
+        "kv_bytes_of_one_image_dense": n * d.kv_bytes_per_token(d.layers), "budgets": budgets,
+    }  # fmt: skip
+
+
+def describe_plan(plan: BuildPlan, output: Path) -> str:
+    """The plan in a few lines, printed before anything is written."""
+    d, v, k = plan.spec.decoder, plan.spec.vision, plan.split_layer
+    budgets = ", ".join(f"keep {r} of {plan.visual_tokens} (average {plan.average_keep(r):.1f} over layers)" for r in plan.budgets)
+    rows = [
+        ("model", f"{plan.model.name}: {d.layers} layers of {d.hidden_size}, {d.query_heads} query and {d.kv_heads} key-value heads"),
+        ("checkpoint", f"{plan.checkpoint.directory}"),
+        ("image", f"{v.image_size} x {v.image_size} pixels, {plan.visual_tokens} visual tokens"),
+        ("split", f"layers 0..{k - 1} see every token, layers {k}..{d.layers - 1} the kept ones; score: {plan.score_mode}"),
+        ("budgets", budgets),
+        ("weights", f"{format_bytes(plan.weights.bytes_to_write())} in {plan.precision}"),
+        ("KV cache", f"{format_bytes(d.kv_bytes_per_token(k))} + {format_bytes(d.kv_bytes_per_token(d.layers - k))} per token (before, after the split)"),
+        ("context", f"{plan.max_context} tokens"),
+        ("output", f"{output}  (target {plan.target.name})"),
+    ]  # fmt: skip
+    return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def describe_report(report: Mapping[str, Any], output: Path) -> str:
+    """The result as a table: FLOPs per stage dense and pruned, sizes, KV bytes."""
+    flops = report["flops"]
+    lines = [f"FLOPs of one prefill, one image and {report['text_tokens']} text tokens ({report['flops_source']})"]
+    header = f"  {'stage':<28}{'dense':>12}" + "".join(f"{'keep ' + str(b['keep']):>12}" for b in report["budgets"])
+    lines.append(header)
+    for stage, words in _STAGE_WORDS.items():
+        dense = flops.get(stage)
+        cells = [format_flops(flops.get(f"{stage}.{b['keep']}", dense)) for b in report["budgets"]]
+        lines.append(f"  {words:<28}{format_flops(dense):>12}" + "".join(f"{c:>12}" for c in cells))
+    total = [f"{b['decoder_flops_share']:.1%}" for b in report["budgets"]]
+    lines.append(f"  {'decoder, share of dense':<28}{'100.0%':>12}" + "".join(f"{t:>12}" for t in total))
+    kv = [format_bytes(sum(b["kv_bytes_of_one_image"].values())) for b in report["budgets"]]
+    lines.append(f"  {'KV cache of one image':<28}{format_bytes(report['kv_bytes_of_one_image_dense']):>12}" + "".join(f"{c:>12}" for c in kv))
+    lines.append(f"bundle: {output}  ({format_bytes(report['bytes_total'])} in {len(report['bytes'])} files)")
+    return "\n".join(lines)
+
+
+def format_bytes(count: float) -> str:
+    """1234567 -> '1.2 MB' (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def format_flops(count: float | None) -> str:
+    """1.2e9 -> '1.20 GFLOP'; None -> '-'."""
+    if count is None:
+        return "-"
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TFLOP"
