@@ -61,7 +61,7 @@ class EngineChain:
 
     def prefill(
         self, input_ids: np.ndarray, visual_mask: np.ndarray, pixel_values: np.ndarray | None, *, keep: int | None, image_seed: int = 0,
-        reserve: int = 64, watch: Stopwatch | None = None, kept_indices: np.ndarray | None = None,
+        reserve: int = 64, watch: Stopwatch | None = None, kept_indices: np.ndarray | None = None, trace: dict[str, np.ndarray] | None = None,
     ) -> tuple[Conversation, np.ndarray]:  # fmt: skip
         """Runs a whole prompt.
 
@@ -71,30 +71,34 @@ class EngineChain:
             keep: visual tokens kept after the split; None keeps all.
             reserve: further tokens to make room for at first (the caches grow when they must).
             kept_indices: replaces the score's selection (for parity tests), ascending int64 within the visual tokens.
+            trace: receives `hidden_states` [1, S, d] and `score_states` [1, S, H * d_h] of the first half.
 
         Returns:
             The conversation, and the logits [vocab] float32 of the last token.
         """
         watch = watch or Stopwatch()
         visual = int(visual_mask.sum())
-        embeds = self._embed(input_ids, visual_mask, pixel_values, watch)
+        embeds = self.embed(input_ids, visual_mask, pixel_values, watch)
         positions = np.arange(len(input_ids), dtype=np.int64)
-        kept = visual if keep is None and kept_indices is None else min(visual, keep or len(kept_indices or ()))
+        kept = min(visual, len(kept_indices) if kept_indices is not None else visual if keep is None else keep)
         conversation = self.new_conversation(len(input_ids), len(input_ids) - visual + kept, reserve)
         with watch.stage(names.PRE_ECL):
-            outputs = [names.HIDDEN_STATES] + ([names.SCORE_STATES] if kept < visual and kept_indices is None else [])
-            hidden, *score_states = self._run_half(names.PRE_ECL, embeds, positions, conversation.pre, outputs)
+            outputs = [names.HIDDEN_STATES] + ([names.SCORE_STATES] if kept < visual or trace is not None else [])
+            results = self.run_half(names.PRE_ECL, embeds, positions, conversation.pre, outputs)
+            hidden, score_states = results[0], results[-1]
+        if trace is not None:
+            trace.update(zip(outputs, results, strict=True))
         if kept < visual:
             if kept_indices is not None:
                 conversation.selection = Selection(visual, kept_indices, None)
             else:
                 with watch.stage(names.SCORE):
-                    conversation.selection = self._score(kept, hidden, score_states[0], positions, visual_mask, image_seed)
-            hidden, positions = _drop(hidden, positions, visual_mask, conversation.selection.kept_indices)
+                    conversation.selection = self._score(kept, hidden, score_states, positions, visual_mask, image_seed)
+            hidden, positions = drop_rows(hidden, positions, visual_mask, conversation.selection.kept_indices)
         else:
             conversation.selection = Selection.everything(visual)
         with watch.stage(names.POST_ECL):
-            (logits,) = self._run_half(names.POST_ECL, hidden, positions, conversation.post, [names.LOGITS])
+            (logits,) = self.run_half(names.POST_ECL, hidden, positions, conversation.post, [names.LOGITS])
         conversation.next_position = len(input_ids)
         return conversation, logits[0]
 
@@ -102,8 +106,8 @@ class EngineChain:
         """Appends one token to both groups; returns the logits [vocab] float32 that follow it."""
         position = np.array([conversation.next_position], dtype=np.int64)
         embeds = np.ascontiguousarray(self._embedding[token_id][None, None])
-        (hidden,) = self._run_half(names.PRE_ECL, embeds, position, conversation.pre, [names.HIDDEN_STATES])
-        (logits,) = self._run_half(names.POST_ECL, hidden, position, conversation.post, [names.LOGITS])
+        (hidden,) = self.run_half(names.PRE_ECL, embeds, position, conversation.pre, [names.HIDDEN_STATES])
+        (logits,) = self.run_half(names.POST_ECL, hidden, position, conversation.post, [names.LOGITS])
         conversation.next_position += 1
         return logits[0]
 
@@ -120,7 +124,7 @@ class EngineChain:
 
     # ------------------------------------------------------------ the stages
 
-    def _embed(self, input_ids: np.ndarray, visual_mask: np.ndarray, pixel_values: np.ndarray | None, watch: Stopwatch) -> np.ndarray:
+    def embed(self, input_ids: np.ndarray, visual_mask: np.ndarray, pixel_values: np.ndarray | None, watch: Stopwatch) -> np.ndarray:
         """[1, S, d] float32: rows of the token table, and the image's rows where `visual_mask` says so."""
         image_embeds = None
         if pixel_values is not None:
@@ -132,7 +136,7 @@ class EngineChain:
                 embeds[visual_mask] = image_embeds
         return embeds[None]
 
-    def _run_half(self, name: str, hidden: np.ndarray, positions: np.ndarray, cache: KVGroup, outputs: list[str]) -> list[np.ndarray]:
+    def run_half(self, name: str, hidden: np.ndarray, positions: np.ndarray, cache: KVGroup, outputs: list[str]) -> list[np.ndarray]:
         rows = hidden.shape[1]
         cache.reserve(rows)
         feeds: dict[str, np.ndarray] = {
@@ -160,7 +164,7 @@ class EngineChain:
         return Selection(int(visual_mask.sum()), kept, entropy)
 
 
-def _drop(hidden: np.ndarray, positions: np.ndarray, visual_mask: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def drop_rows(hidden: np.ndarray, positions: np.ndarray, visual_mask: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of all text and of the kept visual tokens, in their order, with their original positions."""
     stays = ~visual_mask
     stays[np.flatnonzero(visual_mask)[kept]] = True

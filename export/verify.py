@@ -1,0 +1,204 @@
+"""`python -m export.verify BUNDLE`: the exported chain against eager transformers with the same pruning.
+
+    python -m export.verify bundles/tiny-llava-cpu
+    python -m export.verify BUNDLE --checkpoint DIR --images DIR --selection-images 100
+
+Prefill, every cache tensor, greedy decoding, the selection, and controls that must fail. Writes verify.json into the bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.command_line import run_command
+
+if TYPE_CHECKING:
+    from export.eager import EagerPrunedLlava
+    from export.parity import Check
+    from runtime.pipeline import VisionLanguageModel
+    from runtime.prompt import ImageSource, Prompt
+
+QUESTION = "What is in this picture?"
+FAILED = 1  # the bundle was compared and differs
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m export.verify", description="Compare a bundle with eager transformers.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="what the bundle was made from (default: its model's)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="images to compare with (default: seeded noise and gradients)")
+    parser.add_argument("--selection-images", type=int, default=20, metavar="N", help="images for the selection's statistics")
+    parser.add_argument("--json", action="store_true", help="the last line of stdout is the report as one JSON object")
+    return parser
+
+
+def verify(model: VisionLanguageModel, reference: EagerPrunedLlava, images: Sequence[ImageSource], selection_images: int = 20) -> dict[str, Any]:
+    """Climbs the ladder and returns the report as plain data.
+
+    Args:
+        model: the loaded bundle.
+        reference: the same checkpoint, eager, with the bundle's split layer and score mode, and `keep` None (indices are injected).
+        images: at least two; they are used again where more are needed.
+        selection_images: how many prompts the selection is compared over.
+    """
+    from tqdm import tqdm
+
+    checks = list(tqdm(_ladder(model, reference, images), desc="parity", disable=None, file=sys.stderr))
+    selection = _selection(model, reference, images, selection_images)
+    checks += selection.pop("checks", [])
+    return {
+        "passed": all(c.passed for c in checks),
+        "checks": [{**dataclasses.asdict(c), "passed": c.passed} for c in checks],
+        "selection": selection,
+        "bundle": {"model": model.manifest.model, "split_layer": model.manifest.split_layer, "budgets": model.manifest.budgets},
+        **_where(),
+    }
+
+
+def _ladder(model: VisionLanguageModel, reference: EagerPrunedLlava, images: Sequence[ImageSource]) -> Iterator[Check]:
+    import numpy as np
+
+    from export import parity
+
+    chain, n = model.chain, model.manifest.geometry.visual_tokens
+    one, two, text = _prompt(model, images[:1]), _prompt(model, images[:2]), _prompt(model, [])
+    yield from parity.compare_prompt(chain, reference, text, None, "text only")
+    yield from parity.compare_prompt(chain, reference, one, np.arange(n), "keep = N")
+    for keep in dict.fromkeys((*model.manifest.budgets, 1)):
+        kept = np.sort(np.random.default_rng(keep).permutation(n)[:keep])
+        yield from parity.compare_prompt(chain, reference, one, kept, f"keep {keep}")
+    kept = np.sort(np.random.default_rng(0).permutation(2 * n)[: max(1, n // 2)])
+    yield from parity.compare_prompt(chain, reference, two, kept, "two images")
+    yield parity.compare_continuation(chain, one, range(10, 18), "prefill + decode = one prefill")
+    if n >= 4:  # with fewer, renumbering or reordering may change nothing
+        kept = np.arange(1, n, 2)
+        yield from parity.negative_controls(chain, reference, one, kept)
+
+
+def _selection(model: VisionLanguageModel, reference: EagerPrunedLlava, images: Sequence[ImageSource], count: int) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from export import parity
+    from export.tolerances import MAX_SWAP_DISTANCE, MIN_OVERLAP
+
+    manifest = model.manifest
+    keep, mode = manifest.budgets[0], manifest.score_mode
+    if keep >= manifest.geometry.visual_tokens or mode in ("random", "uniform") or count < 1:
+        return {}
+    prompts = (_prompt(model, [images[i % len(images)]]) for i in range(count))
+    bar = tqdm(prompts, total=count, desc="selection", disable=None, file=sys.stderr)
+    found = [parity.compare_selection(model.chain, reference, prompt, keep)[0] for prompt in bar]
+    overlap = sum(q.overlap for q in found) / len(found)
+    distance, error = max(q.swap_distance for q in found), max(q.score_error for q in found)
+    return {
+        "images": count, "mode": mode, "keep": keep, "mean_overlap": overlap, "worst_overlap": min(q.overlap for q in found),
+        "largest_score_error": error, "largest_swap_distance": distance,
+        "checks": [
+            parity.Check(f"selection: 1 - mean overlap over {count} images", 1 - overlap, 1 - MIN_OVERLAP),
+            parity.Check("selection: a swapped token's distance from the threshold", distance, MAX_SWAP_DISTANCE),
+        ],
+    }  # fmt: skip
+
+
+def _prompt(model: VisionLanguageModel, images: Sequence[ImageSource]) -> Prompt:
+    parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
+    return model.prompts.build([{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}], images)
+
+
+def synthetic_images(count: int, side: int) -> list[ImageSource]:
+    """Seeded noise, smooth at different scales: uint8 [side, side, 3] arrays."""
+    import numpy as np
+    from PIL import Image
+
+    images: list[ImageSource] = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        cells = int(rng.integers(2, 16))
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        images.append(np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC)))
+    return images
+
+
+def _folder_images(folder: Path) -> list[ImageSource]:
+    from runtime.errors import UsageError
+
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes) if folder.is_dir() else []
+    if len(files) < 2:
+        raise UsageError(f"--images {folder} holds {len(files)} image(s) ({', '.join(suffixes)}): name a directory of two or more")
+    return list(files)
+
+
+def _where() -> dict[str, str]:
+    import onnxruntime
+    import torch
+    import transformers
+
+    return {
+        "date": datetime.date.today().isoformat(), "onnxruntime": onnxruntime.__version__, "torch": torch.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(), "machine": platform.machine(),
+    }  # fmt: skip
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as a table."""
+    lines = [f"  {'check':<62}{'error':>10}{'tolerance':>11}"]
+    for c in report["checks"]:
+        verdict = "ok" if c["passed"] else "FAILED"
+        lines.append(f"  {c['name']:<62}{c['error']:>10.1e}{('>' if c['must_fail'] else '') + format(c['tolerance'], '.0e'):>11}  {verdict}")
+    if report["selection"]:
+        s = report["selection"]
+        lines.append(f"  selection by {s['mode']}, keep {s['keep']}, {s['images']} images: overlap {s['mean_overlap']:.4f} on average, worst "
+                     f"{s['worst_overlap']:.3f}; score error at most {s['largest_score_error']:.1e}")  # fmt: skip
+    failed = sum(not c["passed"] for c in report["checks"])
+    lines.append(f"{len(report['checks']) - failed} passed, {failed} failed")
+    return "\n".join(lines)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from export.staging import storage_error
+    from runtime.names import VERIFY_FILE
+    from runtime.pipeline import load
+
+    model = load(args.bundle)
+    reference = _reference(model, args.checkpoint)
+    side = reference.model.config.vision_config.image_size
+    images = _folder_images(args.images) if args.images else synthetic_images(max(2, args.selection_images), side)
+    report = verify(model, reference, images, args.selection_images)
+    print(describe(report))
+    try:
+        (args.bundle / VERIFY_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise storage_error(error, args.bundle / VERIFY_FILE) from error
+    if args.json:
+        print(json.dumps(report))
+    return 0 if report["passed"] else FAILED
+
+
+def _reference(model: VisionLanguageModel, checkpoint: str | None) -> EagerPrunedLlava:
+    from export.checkpoint import Checkpoint, find_checkpoint
+    from export.configs import load_model_config
+    from export.eager import EagerPrunedLlava
+    from runtime.errors import UsageError
+
+    manifest = model.manifest
+    directory = find_checkpoint(checkpoint or load_model_config(manifest.model).default_checkpoint())
+    if Checkpoint.open(directory).revision != manifest.source.revision:
+        raise UsageError(f"{directory} is not what the bundle was made from ({manifest.source.checkpoint}): name that one with --checkpoint")
+    return EagerPrunedLlava(directory, manifest.split_layer, None, manifest.score_mode)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(build_parser(), _run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

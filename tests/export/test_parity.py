@@ -1,0 +1,113 @@
+"""The parity ladder over small random checkpoints: eager transformers = exported chain, with controls that must fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.build import build_bundle
+from export.eager import EagerPrunedLlava
+from export.parity import Check, compare_prompt, negative_controls, relative_error, selection_quality
+from export.plan import BuildOptions, make_plan
+from export.verify import synthetic_images, verify
+from runtime.pipeline import VisionLanguageModel, load
+from tests.models import tiny_llava_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A checkpoint's shape, and how it is split."""
+
+    name: str
+    split_layer: int
+    keep: tuple[int, ...]
+    shape: dict[str, Any]
+    mode: str = "trace"
+
+
+CASES = (
+    Case("multi-head, 16 visual tokens", 2, (6, 1), {"image_size": 56}),
+    Case("grouped-query, vocabulary 413, head size 48", 1, (4,), {"hidden": 192, "heads": 4, "kv_heads": 2, "head_dim": 48, "vocab": 413, "image_size": 42}),
+    Case("one key-value head, split before the last layer", 3, (2,), {"heads": 4, "kv_heads": 1, "image_size": 42}, "row"),
+    Case("query bias, class token kept, all vision layers", 2, (3,), {"attention_bias": True, "strategy": "full", "feature_layer": -1, "image_size": 28}),
+    Case("tied embeddings, other rotary base, no projector bias", 2, (5,), {"tied": True, "rope_theta": 5e5, "projector_bias": False, "image_size": 42}, "energy-high"),
+    Case("one visual token in all", 2, (1,), {"image_size": 14}),
+)  # fmt: skip
+
+
+def exported(folder: Path, case: Case) -> tuple[VisionLanguageModel, EagerPrunedLlava]:
+    checkpoint = tiny_llava_checkpoint(folder / "checkpoint", seed=3, **case.shape)
+    options = BuildOptions("llava15", checkpoint=str(checkpoint), keep=case.keep, split_layer=case.split_layer, score_mode=case.mode)
+    build_bundle(make_plan(options), folder / "bundle")
+    return load(folder / "bundle"), EagerPrunedLlava(checkpoint, case.split_layer, None, case.mode)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_chain_equals_eager_pruned_model(case: Case, tmp_path: Path) -> None:
+    model, reference = exported(tmp_path, case)
+    side = reference.model.config.vision_config.image_size
+    report = verify(model, reference, synthetic_images(4, side), selection_images=4)
+    assert [c["name"] for c in report["checks"] if not c["passed"]] == []
+    if model.manifest.geometry.visual_tokens >= 4:
+        assert sum(c["must_fail"] for c in report["checks"]) == (3 if case.split_layer < 3 else 2)
+
+
+def test_ladder_sees_a_wrong_weight(tmp_path: Path) -> None:
+    model, reference = exported(tmp_path, CASES[0])
+    prompt = model.prompts.build("hello", synthetic_images(1, 56))
+    kept = np.array([1, 4, 9])
+    good = list(compare_prompt(model.chain, reference, prompt, kept, "pruned"))
+    reference.model.model.language_model.layers[3].mlp.down_proj.weight.data *= 1.01
+    bad = list(compare_prompt(model.chain, reference, prompt, kept, "pruned"))
+    assert all(c.passed for c in good)
+    assert not next(c for c in bad if c.name == "pruned: logits").passed
+
+
+def test_ladder_sees_other_kept_tokens(tmp_path: Path) -> None:
+    model, reference = exported(tmp_path, CASES[0])
+    prompt = model.prompts.build("hello", synthetic_images(1, 56))
+    expected = reference.prefill(_ids(prompt), _pixels(prompt), kept_indices=np.array([1, 4, 9])).logits[-1]
+    ids = prompt.ids
+    _, logits = model.chain.prefill(ids.input_ids, ids.visual_mask, prompt.pixel_values, keep=None, kept_indices=np.array([1, 4, 10]))
+    assert relative_error(logits, expected) > 1e-3
+
+
+def test_controls_fail_where_the_chain_is_right(tmp_path: Path) -> None:
+    model, reference = exported(tmp_path, CASES[0])
+    prompt = model.prompts.build("hello", synthetic_images(1, 56))
+    controls = list(negative_controls(model.chain, reference, prompt, np.arange(1, 16, 2)))
+    assert len(controls) == 3
+    assert all(c.error > 10 * c.tolerance for c in controls)
+
+
+def test_check_passes_and_fails_both_ways() -> None:
+    assert Check("close", 1e-6, 1e-4).passed
+    assert not Check("far", 1e-3, 1e-4).passed
+    assert Check("control", 1e-3, 1e-4, must_fail=True).passed
+    assert not Check("control", 1e-6, 1e-4, must_fail=True).passed
+    assert not Check("broken", float("nan"), 1e-4, must_fail=True).passed
+
+
+def test_selection_quality_measures_swaps() -> None:
+    exact = np.array([0.1, 0.9, 0.8, 0.7999, 0.2])
+    assert selection_quality(exact, np.array([1, 2])).overlap == 1.0
+    swapped = selection_quality(exact, np.array([1, 3]))
+    assert swapped.overlap == 0.5
+    assert swapped.swap_distance == pytest.approx(1e-4)
+    assert selection_quality(exact, np.array([0, 1])).swap_distance == pytest.approx(0.7)
+
+
+def _ids(prompt: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(prompt.ids.input_ids)[None]
+
+
+def _pixels(prompt: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(prompt.pixel_values)
