@@ -14,6 +14,7 @@ shipped checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -201,9 +202,10 @@ class Progress:
 
 def mix(done: float) -> dict[str, float]:
     """Question types' weights when a share `done` (0 to 1) of stage `answers` is over: look-ups first, everything later."""
-    late = min(1.0, max(0.0, (done - 0.08) / 0.25))
-    return {"what": 3 - 2 * late, "color": 1.5 - 0.5 * late, "read": 1.2, "where": 0.7 + 0.2 * late, "exists": 0.5 + 0.5 * late,
-            "compare": 0.3 + 0.7 * late, "count": 0.4 + 1.4 * late}  # fmt: skip
+    late = min(1.0, max(0.0, (done - 0.08) / 0.17))
+    first = {"what": 3.0, "color": 1.5, "read": 1.2, "where": 0.7, "exists": 0.5, "compare": 0.3, "count": 0.4}
+    last = {"what": 0.7, "color": 1.0, "read": 1.0, "where": 1.6, "exists": 1.5, "compare": 1.2, "count": 1.4}
+    return {kind: (1 - late) * first[kind] + late * last[kind] for kind in first}
 
 
 def learning_rate(done: float, peak: float) -> float:
@@ -247,7 +249,7 @@ class Run:
     def _resume(self) -> None:
         saved = torch.load(self.state_file, weights_only=False, map_location=self.device) if self.state_file.exists() else None
         if saved:
-            self.progress = saved["progress"]
+            self.progress = Progress(**saved["progress"])
             self.model.load_state_dict(saved["model"])
             print(f"resumed at step {self.progress.step} of stage {self.progress.stage}", file=sys.stderr)
         self._new_optimizers()
@@ -261,7 +263,7 @@ class Run:
     def save(self) -> None:
         """Writes the state to a temporary name, then moves it into place."""
         partial = self.state_file.with_suffix(".partial")
-        torch.save({"progress": self.progress, "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}, partial)
+        torch.save({"progress": dataclasses.asdict(self.progress), "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}, partial)
         os.replace(partial, self.state_file)
 
     def run_stage(self, stage: str, seconds: float, images: int, questions: int, peak: float) -> None:
