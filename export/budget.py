@@ -10,6 +10,8 @@ import math
 
 from runtime.errors import UsageError
 
+ROUNDING = 1e-6  # so that the average of a keep count, rounded as a float, gives that keep count and not one less
+
 
 def keep_from_average(average: float, *, visual_tokens: int, split_layer: int, layers: int) -> int:
     """R for an average over layers; visual_tokens is N, split_layer K, layers L.
@@ -17,15 +19,15 @@ def keep_from_average(average: float, *, visual_tokens: int, split_layer: int, l
     Raises:
         UsageError: no R of 1..N gives that average; the message names the feasible range.
     """
-    keep = math.floor((layers * average - split_layer * visual_tokens) / (layers - split_layer))
-    if not 1 <= keep <= visual_tokens:
+    keep = (layers * average - split_layer * visual_tokens) / (layers - split_layer) + ROUNDING
+    if not 1 <= keep < visual_tokens + 1:  # false for NaN
         least = average_from_keep(1, visual_tokens=visual_tokens, split_layer=split_layer, layers=layers)
-        smallest = math.ceil(least * 100) / 100
+        smallest = f"{math.ceil(least * 100) / 100:.2f}".rstrip("0").rstrip(".")
         raise UsageError(
             f"an average of {average:g} visual tokens over {layers} layers is not feasible with a split at layer {split_layer} of "
-            f"{visual_tokens} tokens: choose {smallest:g} to {visual_tokens}, or an earlier split"
+            f"{visual_tokens} tokens: choose {smallest} to {visual_tokens}, or an earlier split"
         )
-    return keep
+    return math.floor(keep)
 
 
 def average_from_keep(keep: int, *, visual_tokens: int, split_layer: int, layers: int) -> float:
@@ -50,5 +52,7 @@ def check_keep(keep: int, *, visual_tokens: int) -> int:
 def check_split(split_layer: int, *, layers: int) -> int:
     """Returns `split_layer`, or raises UsageError where it is outside 1..L-1."""
     if not 1 <= split_layer < layers:
-        raise UsageError(f"--split-layer {split_layer} is out of range: the decoder has {layers} layers, split before layer 1 to {layers - 1}")
+        raise UsageError(
+            f"--split-layer {split_layer} is out of range: the decoder has {layers} layers, split before layer 1 to {layers - 1}"
+        )
     return split_layer

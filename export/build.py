@@ -109,7 +109,8 @@ class _Writer:
         plan, d = self.plan, self.plan.spec.decoder
         flops = stage_flops(plan, self.directory, self.graphs)
         return Manifest(
-            schema_version=SCHEMA_VERSION, tool_version=TOOL_VERSION, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            schema_version=SCHEMA_VERSION, tool_version=TOOL_VERSION,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             family=plan.model.family, model=plan.model.name, target=plan.target.name, precision=plan.precision,
             source=Source(plan.checkpoint.name, plan.checkpoint.revision),
             geometry=Geometry(
@@ -144,12 +145,16 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export.build", description="Export a multimodal LLM, split at its entropy collapse layer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m export.build", description="Export a multimodal LLM, split at its entropy collapse layer."
+    )
     parser.add_argument("--model", required=True, help="a model of configs/models, e.g. tiny-llava or llava15")
     parser.add_argument("--target", default="cpu", help="a target of configs/targets (default: cpu)")
     parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="Hugging Face checkpoint directory, or an id in the local cache")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--keep", type=_keep_list, metavar="R[,R...]", help="visual tokens kept after the split; several make several budgets")
+    budget.add_argument(
+        "--keep", type=_keep_list, metavar="R[,R...]", help="visual tokens kept after the split; several make several budgets"
+    )
     budget.add_argument("--avg-keep", type=float, metavar="A", help="the paper's budget: visual tokens averaged over all layers")
     budget.add_argument("--keep-percent", type=float, metavar="P", help="percent of the visual tokens kept after the split")
     parser.add_argument("--split-layer", type=int, metavar="K", help="layers before the pruning (default: the model's)")
@@ -212,7 +217,9 @@ def _check_space(plan: BuildPlan, output: Path) -> None:
     parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
     free, needed = shutil.disk_usage(parent).free, plan.weights.bytes_to_write()
     if free < needed * 1.02:
-        raise StorageError(f"{parent} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB: free some space or choose another --output")
+        raise StorageError(
+            f"{parent} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB: free some space or choose another --output"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

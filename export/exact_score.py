@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from runtime.errors import UsageError
 from runtime.names import SCORE_MODES
@@ -21,7 +20,7 @@ ENTROPY_MODES = ("trace", "row", "raw")
 SCORELESS_MODES = ("random", "uniform")
 
 
-def token_scores(queries: Tensor, mode: str) -> np.ndarray:
+def token_scores(queries: npt.ArrayLike, mode: str) -> np.ndarray:
     """Scores visual tokens by the spectrum of their heads; the definition, in float64.
 
     With Z the queries less their mean over the heads: `trace`, `row` and `raw` give -sum(x ln x) / ln H over the eigenvalues x of
@@ -29,7 +28,7 @@ def token_scores(queries: Tensor, mode: str) -> np.ndarray:
     tr(Z Z^T) / H and its negative.
 
     Args:
-        queries: [N, H, d_h], any float dtype.
+        queries: [N, H, d_h], any float dtype; a torch tensor on the CPU without gradients serves too.
         mode: one of `runtime.names.SCORE_MODES`.
 
     Returns:
@@ -38,27 +37,26 @@ def token_scores(queries: Tensor, mode: str) -> np.ndarray:
     Raises:
         UsageError: unknown mode, or fewer heads than the mode needs.
     """
-    heads = queries.shape[1]
+    q = np.asarray(queries, np.float64)
+    heads = q.shape[1]
     check_score_mode(mode, heads)
     if mode in SCORELESS_MODES:
-        return np.full(queries.shape[0], np.nan)
-    z = queries.detach().to("cpu", torch.float64)
-    z = z - z.mean(dim=1, keepdim=True)
-    finite = z.isfinite().all(dim=2).all(dim=1)
-    z = torch.where(finite[:, None, None], z, torch.zeros_like(z))  # the eigensolver refuses NaN
+        return np.full(len(q), np.nan)
+    finite = np.isfinite(q).reshape(len(q), -1).all(axis=1)
+    q = np.where(finite[:, None, None], q, 0.0)  # the eigensolver refuses NaN
+    z = q - q.mean(axis=1, keepdims=True)
     if mode == "row":
-        norms = z.norm(dim=2, keepdim=True)
-        z = z / torch.where(norms == 0, torch.ones_like(norms), norms)
-    gram = z @ z.transpose(1, 2)
-    trace = gram.diagonal(dim1=1, dim2=2).sum(dim=1)
+        norms = np.linalg.norm(z, axis=2, keepdims=True)
+        z = np.divide(z, norms, out=np.zeros_like(z), where=norms > 0)
+    gram = z @ z.transpose(0, 2, 1)
+    trace = np.trace(gram, axis1=1, axis2=2)
     if mode not in ENTROPY_MODES:
         scores = trace / heads if mode == "energy-high" else -trace / heads
     else:
-        divisor = torch.where(trace == 0, torch.ones_like(trace), trace) if mode == "trace" else torch.full_like(trace, heads)
-        spectrum = torch.linalg.eigvalsh(gram / divisor[:, None, None]).clamp(min=EIGENVALUE_FLOOR)
-        scores = -(spectrum * spectrum.log()).sum(dim=1) / math.log(heads)
-        scores = torch.where(trace == 0, torch.zeros_like(scores), scores)
-    return torch.where(finite, scores, torch.full_like(scores, math.nan)).numpy()
+        divisor = np.where(trace > 0, trace, 1.0) if mode == "trace" else np.full(len(z), float(heads))
+        spectrum = np.linalg.eigvalsh(gram / divisor[:, None, None]).clip(EIGENVALUE_FLOOR)
+        scores = np.where(trace > 0, -(spectrum * np.log(spectrum)).sum(axis=1) / math.log(heads), 0.0)
+    return np.where(finite, scores, np.nan)
 
 
 def select_tokens(scores: np.ndarray, keep: int) -> np.ndarray:

@@ -72,9 +72,7 @@ def compare_prompt(chain: EngineChain, eager: EagerPrunedLlava, prompt: Prompt, 
     yield from compare_caches(conversation, keys, values, f"{label}, after decoding")
 
 
-def compare_caches(
-    conversation: Conversation, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], label: str
-) -> Iterator[Check]:
+def compare_caches(conversation: Conversation, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], label: str) -> Iterator[Check]:
     """Every layer's keys and values; one check for all keys, one for all values (the worst layer's error)."""
     for stage, side, expected in (("keys", 0, keys), ("values", 1, values)):
         groups = [(group, i) for group in (conversation.pre, conversation.post) for i in group.layers]
@@ -96,7 +94,9 @@ def compare_continuation(chain: EngineChain, prompt: Prompt, tokens: Sequence[in
 def compare_selection(chain: EngineChain, eager: EagerPrunedLlava, prompt: Prompt, keep: int) -> tuple[SelectionQuality, np.ndarray]:
     """The score graph's choice against float64 scores of the eager model's queries; also returns the graph's kept indices."""
     reference = eager.prefill(torch.from_numpy(prompt.ids.input_ids)[None], _tensor(prompt.pixel_values))
-    conversation, _ = chain.prefill(prompt.ids.input_ids, prompt.ids.visual_mask, prompt.pixel_values, keep=keep, image_seed=prompt.image_seed)
+    conversation, _ = chain.prefill(
+        prompt.ids.input_ids, prompt.ids.visual_mask, prompt.pixel_values, keep=keep, image_seed=prompt.image_seed
+    )
     kept = conversation.selection.kept_indices
     states = reference.score_states[torch.from_numpy(prompt.ids.visual_mask)]
     exact = token_scores(states.reshape(len(states), eager.heads, -1), eager.score_mode)
@@ -125,14 +125,21 @@ def negative_controls(chain: EngineChain, eager: EagerPrunedLlava, prompt: Promp
     if chain.manifest.geometry.layers - chain.manifest.split_layer > 1:  # with one layer left, the last row sees every order alike
         mistakes.append(("unsorted indices", _unsort))
     for name, mistake in mistakes:
-        yield Check(f"control: {name}", relative_error(_pieces(chain, prompt, kept, mistake), expected), RELATIVE["logits", "fp32"], must_fail=True)
+        yield Check(
+            f"control: {name}", relative_error(_pieces(chain, prompt, kept, mistake), expected), RELATIVE["logits", "fp32"], must_fail=True
+        )
     token = int(expected.argmax())
     after = eager.decode(token)
     conversation, _ = _prefill(chain, prompt, kept)
     for name, buffer in conversation.post.buffers.items():
         conversation.post.buffers[name] = np.roll(buffer, 1, axis=2)
     conversation.post.generation += 1  # the buffers are new ones
-    yield Check("control: post cache shifted by one", relative_error(chain.decode(conversation, token), after), RELATIVE["logits", "fp32"], must_fail=True)
+    yield Check(
+        "control: post cache shifted by one",
+        relative_error(chain.decode(conversation, token), after),
+        RELATIVE["logits", "fp32"],
+        must_fail=True,
+    )
 
 
 def _renumber(hidden: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -115,7 +115,9 @@ def _max_context(options: BuildOptions, model: ModelConfig, spec: ModelSpec) -> 
     wanted = min(model.max_context, limit) if options.max_context is None else options.max_context
     least = spec.vision.visual_tokens + 16
     if not least <= wanted <= limit:
-        raise UsageError(f"--max-context {wanted} is out of range: the model has {limit} positions and an image needs {least}; choose {least} to {limit}")
+        raise UsageError(
+            f"--max-context {wanted} is out of range: the model has {limit} positions and an image needs {least}; choose {least} to {limit}"
+        )
     return wanted
 
 

@@ -79,7 +79,7 @@ def describe_plan(plan: BuildPlan, output: Path) -> str:
         ("split", f"layers 0..{k - 1} see every token, layers {k}..{d.layers - 1} the kept ones; score: {plan.score_mode}"),
         ("budgets", budgets),
         ("weights", f"{format_bytes(plan.weights.bytes_to_write())} in {plan.precision}"),
-        ("KV cache", f"{format_bytes(d.kv_bytes_per_token(k))} + {format_bytes(d.kv_bytes_per_token(d.layers - k))} per token (before, after the split)"),
+        ("KV cache", " + ".join(format_bytes(d.kv_bytes_per_token(n)) for n in (k, d.layers - k)) + " per token (before, after the split)"),
         ("context", f"{plan.max_context} tokens"),
         ("output", f"{output}  (target {plan.target.name})"),
     ]  # fmt: skip
@@ -99,7 +99,9 @@ def describe_report(report: Mapping[str, Any], output: Path) -> str:
     total = [f"{b['decoder_flops_share']:.1%}" for b in report["budgets"]]
     lines.append(f"  {'decoder, share of dense':<28}{'100.0%':>12}" + "".join(f"{t:>12}" for t in total))
     kv = [format_bytes(sum(b["kv_bytes_of_one_image"].values())) for b in report["budgets"]]
-    lines.append(f"  {'KV cache of one image':<28}{format_bytes(report['kv_bytes_of_one_image_dense']):>12}" + "".join(f"{c:>12}" for c in kv))
+    lines.append(
+        f"  {'KV cache of one image':<28}{format_bytes(report['kv_bytes_of_one_image_dense']):>12}" + "".join(f"{c:>12}" for c in kv)
+    )
     lines.append(f"bundle: {output}  ({format_bytes(report['bytes_total'])} in {len(report['bytes'])} files)")
     return "\n".join(lines)
 

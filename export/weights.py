@@ -67,7 +67,7 @@ class WeightFile:
         self._write(b"\0" * (-self._offset % ALIGNMENT))
         array = np.ascontiguousarray(array)
         stored = StoredTensor(name, array.dtype.name, array.shape, self.path.name, self._offset, array.nbytes, self.path.parent)
-        self._write(memoryview(array).cast("B") if array.dtype.name != "bfloat16" else array.tobytes())
+        self._write(array.reshape(-1).view(np.uint8).data)
         self._stored[name] = stored
         self._progress(array.nbytes)
         return stored

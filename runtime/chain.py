@@ -61,7 +61,8 @@ class EngineChain:
 
     def prefill(
         self, input_ids: np.ndarray, visual_mask: np.ndarray, pixel_values: np.ndarray | None, *, keep: int | None, image_seed: int = 0,
-        reserve: int = 64, watch: Stopwatch | None = None, kept_indices: np.ndarray | None = None, trace: dict[str, np.ndarray] | None = None,
+        reserve: int = 64, watch: Stopwatch | None = None, kept_indices: np.ndarray | None = None,
+        trace: dict[str, np.ndarray] | None = None,
     ) -> tuple[Conversation, np.ndarray]:  # fmt: skip
         """Runs a whole prompt.
 
@@ -109,7 +110,8 @@ class EngineChain:
         (hidden,) = self.run_half(names.PRE_ECL, embeds, position, conversation.pre, [names.HIDDEN_STATES])
         (logits,) = self.run_half(names.POST_ECL, hidden, position, conversation.post, [names.LOGITS])
         conversation.next_position += 1
-        return logits[0]
+        row: np.ndarray = logits[0]
+        return row
 
     def check_keep(self, keep: int | str | None) -> int | None:
         """The keep count to use: None gives the default budget, "all" (or N) no pruning (returned as None)."""
@@ -119,7 +121,9 @@ class EngineChain:
         if keep in ("all", n):
             return None
         if keep not in budgets:
-            raise UsageError(f"this bundle holds the budgets {', '.join(map(str, budgets))} and all, not {keep}: export it with --keep {keep}")
+            raise UsageError(
+                f"this bundle holds the budgets {', '.join(map(str, budgets))} and all, not {keep}: export it with --keep {keep}"
+            )
         return int(keep)
 
     # ------------------------------------------------------------ the stages

@@ -23,7 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several, in order")
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt")
-    parser.add_argument("--keep", type=_keep, metavar="R|all", help="visual tokens kept after the split (default: the bundle's first budget)")
+    parser.add_argument(
+        "--keep", type=_keep, metavar="R|all", help="visual tokens kept after the split (default: the bundle's first budget)"
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N")
     parser.add_argument("--do-sample", action="store_true", default=None, help="sample instead of taking the most probable token")
     parser.add_argument("--temperature", type=float)

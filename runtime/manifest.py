@@ -200,7 +200,7 @@ def _check_inside(name: str) -> None:
 def _build(kind: Any, value: Any, where: str) -> Any:
     """Makes a typed value out of parsed JSON, or says which entry is wrong."""
     origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise BundleError(f"{where}: expected an object, got {type(value).__name__}: export the bundle again")
         hints = typing.get_type_hints(kind)

@@ -28,9 +28,7 @@ def draw_selection(model: VisionLanguageModel, source: ImageSource, result: Gene
     shown = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
     count = model.manifest.geometry.visual_tokens
     side = int(count**0.5)
-    boxes = [
-        tuple(v * scale for v in model.prompts.image_processor.patch_box(i, (side, side), image.size)) for i in range(side * side)
-    ]
+    boxes = [tuple(v * scale for v in model.prompts.image_processor.patch_box(i, (side, side), image.size)) for i in range(side * side)]
     kept = [i for i in result.kept_indices if i < count]
     panels = [
         (shown, "image"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class AnswerStream:
         self._result: Generation | None = None
         self._pieces = self._run(model, messages, images, keep, config)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         return self._pieces
 
     def __enter__(self) -> AnswerStream:
@@ -123,7 +123,7 @@ class AnswerStream:
 
     def _run(
         self, model: VisionLanguageModel, messages: str | Sequence[Message], images: Images, keep: int | None, config: GenerationConfig
-    ) -> Any:
+    ) -> Generator[str, None, None]:
         watch = Stopwatch()
         with model._lock:
             with watch.stage("preprocess"):
@@ -144,7 +144,13 @@ class _Answer:
     """The decode loop of one answer."""
 
     def __init__(
-        self, model: VisionLanguageModel, conversation: Conversation, prompt: Prompt, config: GenerationConfig, allowed: int, watch: Stopwatch
+        self,
+        model: VisionLanguageModel,
+        conversation: Conversation,
+        prompt: Prompt,
+        config: GenerationConfig,
+        allowed: int,
+        watch: Stopwatch,
     ) -> None:
         self._model, self._conversation, self._prompt, self._config = model, conversation, prompt, config
         self._allowed, self._watch = allowed, watch
@@ -177,7 +183,10 @@ class _Answer:
                 break
             with self._watch.stage("decode"):
                 logits = self._model.chain.decode(self._conversation, token)
-        rest = stops.push(detokenizer.flush())[0] + stops.flush()
+        rest, stopped = stops.push(detokenizer.flush())
+        if stopped:
+            self._finish_reason = "stop"
+        rest += stops.flush()
         if rest:
             self._text.append(rest)
             yield rest
@@ -186,11 +195,19 @@ class _Answer:
         selection, stages = self._conversation.selection, self._watch.stages_ms
         entropy = selection.token_entropy
         return Generation(
-            text="".join(self._text).strip(), token_ids=tuple(self._tokens), prompt_tokens=len(self._prompt.ids.input_ids),
-            visual_tokens=selection.visual_tokens, kept_tokens=len(selection.kept_indices), kept_indices=tuple(selection.kept_indices.tolist()),
-            token_entropy=entropy, ttft_ms=self._ttft_ms, tpot_ms=stages.get("decode", 0.0) / max(1, len(self._tokens) - 1), stages_ms=stages,
-            finish_reason=self._finish_reason, unscored_tokens=0 if entropy is None else int((~np.isfinite(entropy)).sum()),
-        )  # fmt: skip
+            text="".join(self._text).strip(),
+            token_ids=tuple(self._tokens),
+            prompt_tokens=len(self._prompt.ids.input_ids),
+            visual_tokens=selection.visual_tokens,
+            kept_tokens=len(selection.kept_indices),
+            kept_indices=tuple(selection.kept_indices.tolist()),
+            token_entropy=entropy,
+            ttft_ms=self._ttft_ms,
+            tpot_ms=stages.get("decode", 0.0) / max(1, len(self._tokens) - 1),
+            stages_ms=stages,
+            finish_reason=self._finish_reason,
+            unscored_tokens=0 if entropy is None else int((~np.isfinite(entropy)).sum()),
+        )
 
 
 def _room(manifest: Manifest, prompt: Prompt, config: GenerationConfig) -> int:

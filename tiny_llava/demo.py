@@ -1,6 +1,6 @@
 """`make demo`: builds the shipped model, asks three questions about the shipped image, shows what pruning kept and saved.
 
-    python -m tiny_llava.demo --output demo
+python -m tiny_llava.demo --output demo
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     from export import build
-    from runtime.pipeline import load
     from runtime.picture import draw_selection
+    from runtime.pipeline import load
 
     bundle = args.output / "bundle"
     print("Building tiny-llava for cpu, split inside its decoder\n")
@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
     print("\nWhere everything is")
     for what, path in (("bundle", bundle), ("its report", bundle / "report.json"), ("kept patches and entropy", args.output / "kept.png")):
         print(f"  {what:<26} {path}")
-    print(f"  {'ask it yourself':<26} python -m runtime.generate --bundle {bundle} --image {DEMO_IMAGE} --prompt \"how many digits?\"")
+    print(f'  {"ask it yourself":<26} python -m runtime.generate --bundle {bundle} --image {DEMO_IMAGE} --prompt "how many digits?"')
     return 0 if not wrong else 1
 
 

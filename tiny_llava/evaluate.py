@@ -79,7 +79,9 @@ def shipped_results(questions: Sequence[HeldoutQuestion], folder: Path) -> dict[
     model = load(folder / "default")
     keep = model.manifest.budgets[0]
     random_keep = round(RANDOM_SHARE * model.manifest.geometry.visual_tokens)
-    build_bundle(make_plan(BuildOptions("tiny-llava", keep=(random_keep,), split_layer=RANDOM_SPLIT, score_mode="random")), folder / "random")
+    build_bundle(
+        make_plan(BuildOptions("tiny-llava", keep=(random_keep,), split_layer=RANDOM_SPLIT, score_mode="random")), folder / "random"
+    )
     return {
         "unpruned": evaluate(model, questions, "all"),
         f"{model.manifest.score_mode} K={model.manifest.split_layer} keep {keep}": evaluate(model, questions, keep),

@@ -72,7 +72,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCo
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=512, num_hidden_layers=12, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=1024, rms_norm_eps=1e-5, initializer_range=0.05, tie_word_embeddings=False, **special,
+        num_key_value_heads=8, max_position_embeddings=1024, rms_norm_eps=1e-5, initializer_range=0.05, tie_word_embeddings=False,
+        **special,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=width, intermediate_size=576, num_hidden_layers=5, num_attention_heads=6, image_size=SIZE, patch_size=PATCH,

@@ -270,7 +270,9 @@ def _compare(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[str, 
     else:
         counts = {c: sum(t.color == c for t in things) for c in COLORS}
         first = str(rng.choice(sorted({t.color for t in things})))
-        second = str(rng.choice([c for c in COLORS if c != first and (counts[c] or rng.random() < 0.4)] or ["white" if first != "white" else "red"]))
+        second = str(
+            rng.choice([c for c in COLORS if c != first and (counts[c] or rng.random() < 0.4)] or ["white" if first != "white" else "red"])
+        )
         if rng.random() < 0.5:
             first, second = second, first
     if counts[first] == counts[second] and rng.random() < 0.7:
@@ -295,9 +297,7 @@ def _read(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[str, str
 _ASK = {"what": _what, "color": _color, "count": _count, "exists": _exists, "compare": _compare, "where": _where, "read": _read}
 
 
-def ask_many(
-    things: tuple[Thing, ...], rng: np.random.Generator, count: int, weights: dict[str, float] | None = None
-) -> list[Question]:
+def ask_many(things: tuple[Thing, ...], rng: np.random.Generator, count: int, weights: dict[str, float] | None = None) -> list[Question]:
     """Draws `count` different questions about a scene, types weighted by `weights` (default: all alike)."""
     share = np.array([(weights or {}).get(k, 0.0 if weights else 1.0) for k in QUESTION_TYPES])
     kinds = rng.choice(QUESTION_TYPES, size=count * 4, p=share / share.sum())

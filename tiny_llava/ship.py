@@ -1,7 +1,7 @@
 """Turns a training state into what ships: the checkpoint, and once the held-out questions and the demo's image.
 
-    python -m tiny_llava.ship --state ~/.cache/tiny-llava                            # checkpoint
-    python -m tiny_llava.ship --mnist DIR --heldout-images 160                       # held-out questions, demo image
+python -m tiny_llava.ship --state ~/.cache/tiny-llava                            # checkpoint
+python -m tiny_llava.ship --mnist DIR --heldout-images 160                       # held-out questions, demo image
 """
 
 from __future__ import annotations

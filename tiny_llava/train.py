@@ -84,7 +84,7 @@ class BatchMaker:
         pairs = []
         for scene in scenes if questions else []:
             asked = ask_many(scene, rng, questions, weights)  # a scene of one object has fewer different questions: repeat them
-            pairs.append([(q.text, q.answer) for q, _ in zip(itertools.cycle(asked), range(questions))])  # noqa: B905
+            pairs.append([(q.text, q.answer) for q, _ in zip(itertools.cycle(asked), range(questions))])
         return Batch(pixel_values, labels, *self._pack(pairs))
 
     def _labels(self, things: tuple[Thing, ...]) -> np.ndarray:
@@ -145,7 +145,9 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 class Trainee(nn.Module):
     """The model and the label heads of stage `vision` (which are not shipped)."""
 
-    def __init__(self, llava: nn.Module) -> None:
+    llava: Any
+
+    def __init__(self, llava: Any) -> None:
         super().__init__()
         self.llava = llava
         width = llava.config.vision_config.hidden_size
@@ -218,7 +220,8 @@ def optimizers(model: Trainee, stage: str, muon: bool) -> list[torch.optim.Optim
     parts = [model.llava.model.vision_tower, model.heads]
     if stage == "answers":
         parts += [model.llava.model.multi_modal_projector, model.llava.model.language_model, model.llava.lm_head]
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for part in parts:
         for name, p in part.named_parameters():
             inside = p.ndim == 2 and ("layers." in name or name.startswith("linear_"))
@@ -263,7 +266,14 @@ class Run:
     def save(self) -> None:
         """Writes the state to a temporary name, then moves it into place."""
         partial = self.state_file.with_suffix(".partial")
-        torch.save({"progress": dataclasses.asdict(self.progress), "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}, partial)
+        torch.save(
+            {
+                "progress": dataclasses.asdict(self.progress),
+                "model": self.model.state_dict(),
+                "optimizers": [o.state_dict() for o in self.optimizers],
+            },
+            partial,
+        )
         os.replace(partial, self.state_file)
 
     def run_stage(self, stage: str, seconds: float, images: int, questions: int, peak: float) -> None:
@@ -335,9 +345,12 @@ class Run:
             exact = None
             if text:  # a fresh batch of all types alike, drawn from the training split
                 probe = self._to_device(self.maker.make(int(time.time()), 16, 14, None))
-                exact = exact_answers(self.model.answer(self.model.see(probe.pixel_values), probe.input_ids, self.prefix_ids), probe.targets)
-        row = {"stage": stage, "step": self.progress.step, "done": round(done, 4), "seconds": round(sum(self.progress.stage_seconds.values())),
-               "loss": round(loss, 4), "cells": round(float(names), 4)}  # fmt: skip
+                exact = exact_answers(
+                    self.model.answer(self.model.see(probe.pixel_values), probe.input_ids, self.prefix_ids), probe.targets
+                )
+        seconds = round(sum(self.progress.stage_seconds.values()))
+        row: dict[str, Any] = {"stage": stage, "step": self.progress.step, "done": round(done, 4), "seconds": seconds}
+        row |= {"loss": round(loss, 4), "cells": round(float(names), 4)}
         if exact is not None:
             row["exact"] = round(float(exact.float().mean()), 4)
         line = json.dumps(row)

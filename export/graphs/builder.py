@@ -56,19 +56,19 @@ class GraphBuilder:
         self.name = name
         self._tape = Tape()
         self.op = _Ops(self._tape)
-        self._inputs: list[ir.Value] = []
+        self._inputs: list[tuple[ir.Value, TensorInfo]] = []
         self._outputs: list[tuple[ir.Value, TensorInfo]] = []
         self._initializers: dict[str, ir.Value] = {}
 
     def input(self, name: str, dtype: str, shape: Sequence[Dim]) -> ir.Value:
         """Declares a graph input."""
         value = ir.Value(name=name, type=ir.TensorType(DTYPES[dtype]), shape=ir.Shape(shape))
-        self._inputs.append(value)
+        self._inputs.append((value, TensorInfo(name, dtype, tuple(shape))))
         return value
 
     def output(self, value: ir.Value, name: str, dtype: str, shape: Sequence[Dim]) -> None:
         """Declares `value` as a graph output called `name` (through an Identity where it already has another name)."""
-        if value in self._inputs or value in [v for v, _ in self._outputs] or value.producer() is None:
+        if value in [v for v, _ in (*self._inputs, *self._outputs)] or value.producer() is None:
             value = self.op.Identity(value)
         value.name = name
         value.dtype, value.shape = DTYPES[dtype], ir.Shape(shape)
@@ -84,7 +84,9 @@ class GraphBuilder:
             array = array.astype(np.float32)
         if dtype is not None:
             array = array.astype(dtype)
-        name = name or f"const_{array.dtype}_{'x'.join(map(str, array.shape)) or 'scalar'}_{hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
+        name = (
+            name or f"const_{array.dtype}_{'x'.join(map(str, array.shape)) or 'scalar'}_{hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
+        )
         return self._initializer(name, ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name))
 
     def weight(self, stored: StoredTensor) -> ir.Value:
@@ -97,7 +99,8 @@ class GraphBuilder:
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self._initializers:
-            self._initializers[name] = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            shape = ir.Shape(tensor.shape.numpy())
+            self._initializers[name] = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         return self._initializers[name]
 
     # ------------------------------------------------------------ a few words that every graph uses
@@ -132,8 +135,8 @@ class GraphBuilder:
     def model(self) -> ir.Model:
         """The finished model, initializers in the order of first use."""
         graph = ir.Graph(
-            self._inputs, [v for v, _ in self._outputs], nodes=self._tape.nodes, initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET}, name=self.name,
+            [v for v, _ in self._inputs], [v for v, _ in self._outputs], nodes=self._tape.nodes,
+            initializers=list(self._initializers.values()), opset_imports={"": OPSET}, name=self.name,
         )  # fmt: skip
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="entropy-prune")
 
@@ -145,13 +148,8 @@ class GraphBuilder:
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
-        names = {v: k for k, v in DTYPES.items()}
-        return tuple(TensorInfo(str(v.name), names[v.dtype], tuple(_plain(d) for d in v.shape)) for v in self._inputs)
+        return tuple(info for _, info in self._inputs)
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
         return tuple(info for _, info in self._outputs)
-
-
-def _plain(dim: object) -> Dim:
-    return dim if isinstance(dim, int) else str(getattr(dim, "value", dim))

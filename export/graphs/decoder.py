@@ -93,9 +93,7 @@ class _DecoderHalf:
         last_index = b.input(names.LAST_INDEX, "int64", (1,)) if half.head else None
         cache_shape = (1, spec.kv_heads, "capacity", spec.head_size)
         layers = range(half.first, half.stop)
-        past = {
-            i: tuple(b.input(name(i), half.dtype, cache_shape) for name in (names.past_key, names.past_value)) for i in layers
-        }
+        past = {i: tuple(b.input(name(i), half.dtype, cache_shape) for name in (names.past_key, names.past_value)) for i in layers}
         rotary = self._rotary_tables(positions)
         slots, mask = self._slots_and_mask(hidden, past_length, past[half.first][0])
         presents, queries = [], None

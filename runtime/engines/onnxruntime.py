@@ -49,7 +49,9 @@ class OnnxRuntimeEngine:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library's exceptions share no base class of their own
-            raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_first_line(error)}; export the bundle again") from error
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_first_line(error)}; export the bundle again"
+            ) from error
         self.name = path.stem
         self._check(graph)
         self._cache_names = [i.name for i in graph.inputs if i.name.startswith(_PAST)]
@@ -84,7 +86,10 @@ class OnnxRuntimeEngine:
         return binding
 
     def _check(self, graph: GraphInfo) -> None:
-        for kind, listed, actual in (("input", graph.inputs, self._session.get_inputs()), ("output", graph.outputs, self._session.get_outputs())):
+        for kind, listed, actual in (
+            ("input", graph.inputs, self._session.get_inputs()),
+            ("output", graph.outputs, self._session.get_outputs()),
+        ):
             if [t.name for t in listed] != [t.name for t in actual]:
                 raise EngineError(f"{self.name}: its {kind}s are not those of the manifest; export the bundle again")
 

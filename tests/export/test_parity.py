@@ -31,10 +31,13 @@ class Case:
 
 CASES = (
     Case("multi-head, 16 visual tokens", 2, (6, 1), {"image_size": 56}),
-    Case("grouped-query, vocabulary 413, head size 48", 1, (4,), {"hidden": 192, "heads": 4, "kv_heads": 2, "head_dim": 48, "vocab": 413, "image_size": 42}),
+    Case("grouped-query, vocabulary 413, head size 48", 1, (4,),
+         {"hidden": 192, "heads": 4, "kv_heads": 2, "head_dim": 48, "vocab": 413, "image_size": 42}),
     Case("one key-value head, split before the last layer", 3, (2,), {"heads": 4, "kv_heads": 1, "image_size": 42}, "row"),
-    Case("query bias, class token kept, all vision layers", 2, (3,), {"attention_bias": True, "strategy": "full", "feature_layer": -1, "image_size": 28}),
-    Case("tied embeddings, other rotary base, no projector bias", 2, (5,), {"tied": True, "rope_theta": 5e5, "projector_bias": False, "image_size": 42}, "energy-high"),
+    Case("query bias, class token kept, all vision layers", 2, (3,),
+         {"attention_bias": True, "strategy": "full", "feature_layer": -1, "image_size": 28}),
+    Case("tied embeddings, other rotary base, no projector bias", 2, (5,),
+         {"tied": True, "rope_theta": 5e5, "projector_bias": False, "image_size": 42}, "energy-high"),
     Case("one visual token in all", 2, (1,), {"image_size": 14}),
 )  # fmt: skip
 
