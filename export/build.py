@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.command_line import run_command
+from runtime.command_line import CommandParser, run_command
 
 if TYPE_CHECKING:
     from export.graphs.builder import GraphBuilder
@@ -145,7 +145,7 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m export.build", description="Export a multimodal LLM, split at its entropy collapse layer."
     )
     parser.add_argument("--model", required=True, help="a model of configs/models, e.g. tiny-llava or llava15")

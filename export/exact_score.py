@@ -42,7 +42,7 @@ def token_scores(queries: npt.ArrayLike, mode: str) -> np.ndarray:
     check_score_mode(mode, heads)
     if mode in SCORELESS_MODES:
         return np.full(len(q), np.nan)
-    finite = np.isfinite(q).reshape(len(q), -1).all(axis=1)
+    finite = np.asarray(np.isfinite(q).all(axis=(1, 2)))
     q = np.where(finite[:, None, None], q, 0.0)  # the eigensolver refuses NaN
     z = q - q.mean(axis=1, keepdims=True)
     if mode == "row":

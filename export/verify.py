@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.command_line import run_command
+from runtime.command_line import CommandParser, run_command
 
 if TYPE_CHECKING:
     from export.eager import EagerPrunedLlava
@@ -31,7 +31,7 @@ FAILED = 1  # the bundle was compared and differs
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export.verify", description="Compare a bundle with eager transformers.")
+    parser = CommandParser(prog="python -m export.verify", description="Compare a bundle with eager transformers.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="what the bundle was made from (default: its model's)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="images to compare with (default: seeded noise and gradients)")

@@ -1,25 +1,56 @@
-"""What every command line of this project does alike: known errors become one line on stderr and exit code 2."""
+"""What every command line of this project does alike: an error is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from runtime.errors import EntropyPruneError
 
 FAILED = 2
 
 
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage that `--help` prints."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, _line(self, f"{message} (see --help)") + "\n")
+
+
 def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
     """Parses and runs; returns the exit code. Errors that are not the project's own keep their traceback."""
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as end:  # --help, or an error that the parser has told
+        return end.code if isinstance(end.code, int) else FAILED
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return run(args)
+        code = run(args)
+        sys.stdout.flush()
+        return code
     except EntropyPruneError as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error)
     except KeyboardInterrupt:
-        print(f"{parser.prog}: error: interrupted; what was being made is removed, what was there before is unchanged", file=sys.stderr)
+        message = "interrupted; what was being made is removed, what was there before is unchanged"
+    except OSError as error:
+        if error.filename is not None:  # not the output that could not be written
+            raise
+        message = f"cannot write the output: {error.strerror}"
+        _drop_output()
+    print(_line(parser, message), file=sys.stderr)
     return FAILED
+
+
+def _line(parser: argparse.ArgumentParser, message: str) -> str:
+    return f"{parser.prog}: error: {' '.join(message.split())}"
+
+
+def _drop_output() -> None:
+    """Lets what is still buffered go nowhere, or Python would complain about it when it exits."""
+    with suppress(OSError, ValueError):  # a stdout that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.command_line import run_command
+from runtime.command_line import CommandParser, run_command
 from runtime.generation import Generation
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m runtime.generate", description="Answer a question about images with a bundle.")
+    parser = CommandParser(prog="python -m runtime.generate", description="Answer a question about images with a bundle.")
     parser.add_argument("--bundle", type=Path, required=True, help="directory made by python -m export.build")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several, in order")
     parser.add_argument("--prompt", required=True, help="the question")

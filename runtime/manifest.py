@@ -20,6 +20,7 @@ from runtime.names import MANIFEST_FILE, SCORE_MODES, score_graph
 
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_NAME = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,10 @@ class Geometry:
     vocab_size: int
     position_rows: int
     visual_tokens: int
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            _check_positive(entry.name, getattr(self, entry.name))
 
     def kv_bytes_per_token(self, layers: int, bytes_per_value: int = 4) -> int:
         """Bytes one token takes in the KV cache of `layers` layers."""
@@ -104,10 +109,11 @@ class Manifest:
     flops: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.schema_version > SCHEMA_VERSION:
-            raise BundleError(
-                f"the bundle has schema {self.schema_version}, this version reads up to {SCHEMA_VERSION}: upgrade, or export it again"
-            )
+        if not 1 <= self.schema_version <= SCHEMA_VERSION:
+            raise BundleError(f"schema_version {self.schema_version} is outside 1..{SCHEMA_VERSION}: export the bundle again")
+        _check_positive("max_context", self.max_context)
+        if self.image_token_id < 0:
+            raise BundleError(f"image_token_id is {self.image_token_id}, expected 0 or more: export the bundle again")
         if not 1 <= self.split_layer < self.geometry.layers:
             raise BundleError(f"split_layer {self.split_layer} is outside 1..{self.geometry.layers - 1}: export the bundle again")
         if self.score_mode not in SCORE_MODES:
@@ -129,7 +135,7 @@ class Manifest:
         """Parses and validates; unknown keys of a known schema are an error, as are missing ones and wrong types."""
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST_FILE} is not valid JSON ({error}): export the bundle again") from error
         if isinstance(raw, dict) and isinstance(raw.get("schema_version"), int) and raw["schema_version"] > SCHEMA_VERSION:
             raise BundleError(
@@ -144,15 +150,17 @@ def read_manifest(bundle: Path) -> Manifest:
 
     Raises:
         BundleError: there is no bundle, or its manifest cannot be used.
+        StorageError: the file system does not let it be read.
     """
     path = bundle / MANIFEST_FILE
-    if not bundle.is_dir():
-        raise BundleError(f"{bundle} is not a directory: name a bundle made by `python -m export.build`")
-    if not path.is_file():
-        raise BundleError(f"{bundle} holds no {MANIFEST_FILE}: name a bundle made by `python -m export.build`")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path} has {path.stat().st_size} bytes, more than any manifest ({MAX_MANIFEST_BYTES}): export the bundle again")
     try:
+        if not bundle.is_dir():
+            raise BundleError(f"{bundle} is not a directory: name a bundle made by `python -m export.build`")
+        if not path.is_file():
+            raise BundleError(f"{bundle} holds no {MANIFEST_FILE}: name a bundle made by `python -m export.build`")
+        size = path.stat().st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} has {size} bytes, more than any manifest ({MAX_MANIFEST_BYTES}): export the bundle again")
         return Manifest.from_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise BundleError(f"{path} is not UTF-8 text: export the bundle again") from error
@@ -165,18 +173,28 @@ def check_files(bundle: Path, manifest: Manifest, *, hashes: bool = True) -> Non
 
     Raises:
         BundleError: a file is missing, is a link, or differs; the message names it.
+        StorageError: the file system does not let it be read.
     """
     for name, info in manifest.files.items():
-        path = bundle / name
-        if path.is_symlink() or not path.resolve().is_relative_to(bundle.resolve()):
-            raise BundleError(f"{name} is a link or leads out of the bundle: copy the bundle's files themselves")
-        if not path.is_file():
-            raise BundleError(f"{name} is missing from {bundle}: copy the bundle again, or export it again")
-        size = path.stat().st_size
-        if size != info.bytes:
-            raise BundleError(f"{name} has {size} bytes, the manifest says {info.bytes}: copy the bundle again, or export it again")
-        if hashes and sha256_of(path) != info.sha256:
-            raise BundleError(f"{name} was altered (its SHA-256 differs from the manifest): copy the bundle again, or export it again")
+        try:
+            _check_file(bundle, name, info, hashes=hashes)
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"cannot read {bundle / name}: {error.strerror}") from error
+
+
+def _check_file(bundle: Path, name: str, info: FileInfo, *, hashes: bool) -> None:
+    path = bundle / name
+    if path.is_symlink() or not path.resolve().is_relative_to(bundle.resolve()):
+        raise BundleError(f"{name} is a link or leads out of the bundle: copy the bundle's files themselves")
+    if not path.is_file():
+        raise BundleError(f"{name} is missing from {bundle}: copy the bundle again, or export it again")
+    size = path.stat().st_size
+    if size != info.bytes:
+        raise BundleError(f"{name} has {size} bytes, the manifest says {info.bytes}: copy the bundle again, or export it again")
+    if hashes and sha256_of(path) != info.sha256:
+        raise BundleError(f"{name} was altered (its SHA-256 differs from the manifest): copy the bundle again, or export it again")
 
 
 def sha256_of(path: Path) -> str:
@@ -193,8 +211,14 @@ def sha256_of(path: Path) -> str:
 
 def _check_inside(name: str) -> None:
     parts = name.replace("\\", "/").split("/")
-    if not name or os.path.isabs(name) or ":" in name or ".." in parts or "" in parts:
-        raise BundleError(f"the manifest names {name!r}, which is not a path inside the bundle: export the bundle again")
+    odd = len(name) > MAX_NAME or not name.isprintable()  # control characters, and what is no Unicode text
+    if odd or os.path.isabs(name) or ":" in name or {"", ".", ".."} & set(parts):
+        raise BundleError(f"the manifest names {name!r:.80}, which is not a path inside the bundle: export the bundle again")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise BundleError(f"{name} is {value}, expected 1 or more: export the bundle again")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
