@@ -179,11 +179,10 @@ def _graph_scorer(b: Any) -> tuple[Scorer, int, float]:
     import onnx_ir as ir
     import onnxruntime
 
+    from runtime.engines.onnxruntime import session_options
+
     model = ir.to_proto(b.model())
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
 
     def score(states: np.ndarray) -> np.ndarray:

@@ -41,10 +41,10 @@ class _Writer:
     files: dict[str, FileInfo] = field(default_factory=dict)
 
     def write(self) -> Manifest:
+        self._text_files()
         self._embedding()
         self._weight_graphs()
         self._score_graphs()
-        self._text_files()
         return self._manifest()
 
     def _embedding(self) -> None:
@@ -145,9 +145,7 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="python -m export.build", description="Export a multimodal LLM, split at its entropy collapse layer."
-    )
+    parser = CommandParser(prog="python -m export.build", description="Export a multimodal LLM, split at its entropy collapse layer.")
     parser.add_argument("--model", required=True, help="a model of configs/models, e.g. tiny-llava or llava15")
     parser.add_argument("--target", default="cpu", help="a target of configs/targets (default: cpu)")
     parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="Hugging Face checkpoint directory, or an id in the local cache")
@@ -191,10 +189,12 @@ def _run(args: argparse.Namespace) -> int:
     from export.plan import default_output, make_plan
     from export.report import describe_plan, describe_report, make_report
     from export.staging import check_destination
+    from export.text_files import bundle_text_files
 
     options = _options(args)
     output = args.output or default_output(options)
     plan = make_plan(options)
+    bundle_text_files(plan)  # what is wrong with them is told before anything is written
     check_destination(output)
     print(describe_plan(plan, output), file=sys.stderr)
     if args.dry_run:

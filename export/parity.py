@@ -15,7 +15,8 @@ from export.eager import EagerPrunedLlava, Prefill
 from export.exact_score import select_tokens, token_scores
 from export.tolerances import GREEDY_TOKENS, RELATIVE
 from runtime import names
-from runtime.chain import Conversation, EngineChain, drop_rows
+from runtime.chain import EngineChain
+from runtime.conversation import Conversation
 from runtime.generation import Stopwatch
 from runtime.prompt import Prompt
 
@@ -97,10 +98,10 @@ def compare_selection(chain: EngineChain, eager: EagerPrunedLlava, prompt: Promp
     conversation, _ = chain.prefill(
         prompt.ids.input_ids, prompt.ids.visual_mask, prompt.pixel_values, keep=keep, image_seed=prompt.image_seed
     )
-    kept = conversation.selection.kept_indices
+    kept = conversation.kept_indices
     states = reference.score_states[torch.from_numpy(prompt.ids.visual_mask)]
     exact = token_scores(states.reshape(len(states), eager.heads, -1), eager.score_mode)
-    entropy = conversation.selection.token_entropy
+    entropy = conversation.token_entropy
     error = float(np.abs(entropy - exact).max()) if entropy is not None else float("nan")
     return selection_quality(exact, kept, error), kept
 
@@ -154,12 +155,13 @@ def _unsort(hidden: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _pieces(chain: EngineChain, prompt: Prompt, kept: np.ndarray, change: Callable[..., tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """The chain's prefill from its pieces, with `change` applied to what enters the second half."""
-    ids, mask = prompt.ids.input_ids, prompt.ids.visual_mask
-    conversation = chain.new_conversation(len(ids), len(ids), 1)
+    ids, rows = prompt.ids.input_ids, np.flatnonzero(prompt.ids.visual_mask)
+    conversation = chain.new_conversation(len(ids), len(ids))
     positions = np.arange(len(ids), dtype=np.int64)
-    embeds = chain.embed(ids, mask, prompt.pixel_values, Stopwatch())
+    embeds = chain.embed(ids, rows, prompt.pixel_values, Stopwatch())
     (hidden,) = chain.run_half(names.PRE_ECL, embeds, positions, conversation.pre, [names.HIDDEN_STATES])
-    hidden, positions = change(*drop_rows(hidden, positions, mask, kept))
+    stays = np.setdiff1d(positions, np.delete(rows, kept))
+    hidden, positions = change(np.ascontiguousarray(hidden[:, stays]), positions[stays])
     (logits,) = chain.run_half(names.POST_ECL, hidden, positions, conversation.post, [names.LOGITS])
     result: np.ndarray = logits[0]
     return result

@@ -12,8 +12,8 @@ from typing import Any
 from tokenizers import Tokenizer as Core
 
 from export.plan import BuildPlan
-from runtime.chat import ChatTemplate, Tokenizer, special_tokens
-from runtime.errors import BundleError, CheckpointError
+from runtime.chat import ChatTemplate, Tokenizer, normalize_messages, special_tokens
+from runtime.errors import BundleError, CheckpointError, InputError
 from runtime.images import ImageProcessor
 from runtime.prompt import GENERATION_FILE, PREPROCESSOR_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE, TOKENIZER_FILE
 from runtime.sampling import GenerationConfig
@@ -35,20 +35,40 @@ def bundle_text_files(plan: BuildPlan) -> dict[str, str]:
         GENERATION_FILE: texts.get(GENERATION_FILE, "{}\n"),
     }
     try:
-        _try_out(files, plan)
-    except BundleError as error:
+        _try_out(files, tokens, plan)
+    except (BundleError, InputError) as error:
         raise CheckpointError(f"{plan.checkpoint.directory}: {error}") from error
     return files
 
 
-def _try_out(files: Mapping[str, str], plan: BuildPlan) -> None:
-    Tokenizer(Core.from_str(files[TOKENIZER_FILE]))
-    ChatTemplate(files[TEMPLATE_FILE])
-    GenerationConfig.from_json(json.loads(files[GENERATION_FILE]))
-    processor = ImageProcessor.from_json(json.loads(files[PREPROCESSOR_FILE]))
+def _try_out(files: Mapping[str, str], tokens: Mapping[str, str], plan: BuildPlan) -> None:
+    plan.checkpoint.image_token(plan.spec.image_token_id)
+    tokenizer = _tokenizer(files[TOKENIZER_FILE], plan)
+    text = ChatTemplate(files[TEMPLATE_FILE]).render(normalize_messages("What is this?", 1), **tokens)
+    tokenizer.encode(text, plan.spec.image_token_id, [plan.visual_tokens])
+    GenerationConfig.from_json(_object(files[GENERATION_FILE], GENERATION_FILE))
+    processor = ImageProcessor.from_json(_object(files[PREPROCESSOR_FILE], PREPROCESSOR_FILE))
     side, expected = processor.crop_size or processor.resize_size, plan.spec.vision.image_size
-    if side is not None and side != (expected, expected):
-        raise CheckpointError(f"the image processor gives {side[0]} x {side[1]} pixels, the vision tower takes {expected} x {expected}")
+    if side != (expected, expected):
+        given = f"{side[0]} x {side[1]} pixels" if side else "images of any shape"
+        raise CheckpointError(
+            f"the image processor gives {given}, the vision tower takes {expected} x {expected}: use the processor that belongs to the checkpoint"
+        )
+
+
+def _tokenizer(text: str, plan: BuildPlan) -> Tokenizer:
+    try:
+        core = Core.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{TOKENIZER_FILE} is not a tokenizer this version reads ({error}): fetch the file again") from error
+    rows, image_token = plan.spec.decoder.vocab_size, plan.spec.image_token_id
+    beyond = [token for token, number in core.get_vocab().items() if number >= rows and number != image_token]
+    if beyond:
+        raise CheckpointError(
+            f"{TOKENIZER_FILE} has {len(beyond)} token(s) beyond the model's vocabulary of {rows}, such as {beyond[0]!r}: "
+            "use the tokenizer that belongs to the checkpoint"
+        )
+    return Tokenizer(core)
 
 
 def _chat_template(texts: Mapping[str, str]) -> str:

@@ -1,17 +1,18 @@
 """The chain of engines: vision, pre_ecl, score, post_ecl, and the two cache groups between them. Knows nothing about text.
 
-`Conversation` holds what a running conversation needs; `EngineChain` moves it forward: `prefill`, then `decode` token by token.
+`extend` moves a conversation forward by the rest of a prompt, `decode` by one token. One call runs at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from runtime import names
+from runtime.conversation import Conversation, ImageGroup, ImageSpan, Selection
 from runtime.engines.base import Engine
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import BundleError, UsageError
@@ -19,99 +20,106 @@ from runtime.generation import Stopwatch
 from runtime.kv_cache import KVGroup
 from runtime.manifest import Manifest
 
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which of N visual tokens were kept: `kept_indices` [R] int64 ascending, `token_entropy` [N] float32 (None: not scored)."""
-
-    visual_tokens: int
-    kept_indices: np.ndarray
-    token_entropy: np.ndarray | None
-
-    @classmethod
-    def everything(cls, visual_tokens: int) -> Selection:
-        return cls(visual_tokens, np.arange(visual_tokens), None)
-
-
-@dataclass(slots=True)
-class Conversation:
-    """Two cache groups of different lengths, and the position that the next token gets in both."""
-
-    pre: KVGroup
-    post: KVGroup
-    next_position: int = 0
-    selection: Selection = field(default_factory=lambda: Selection.everything(0))
+Select = Callable[[ImageGroup], np.ndarray]  # replaces the score in parity tests: a group's kept indices, ascending
+Trace = dict[str, np.ndarray]
 
 
 class EngineChain:
-    """A bundle's engines, run one after the other."""
+    """A bundle's engines, run one after the other. Safe to call from several threads, each with its own conversation."""
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, threads: int | None = None) -> None:
         self.manifest = manifest
-        self._engines: dict[str, Engine] = {name: OnnxRuntimeEngine(bundle / g.file, g) for name, g in manifest.graphs.items()}
+        self._engines: dict[str, Engine] = {
+            name: OnnxRuntimeEngine(bundle / graph.file, graph, threads) for name, graph in manifest.graphs.items()
+        }
         geometry = manifest.geometry
         self._embedding = _map_embedding(bundle / manifest.embedding, (geometry.vocab_size, geometry.hidden_size))
+        self._lock = threading.Lock()
 
-    def new_conversation(self, prompt_tokens: int, kept_tokens: int, reserve: int) -> Conversation:
-        """Empty caches for a prompt of `prompt_tokens` (after pruning: `kept_tokens`) and `reserve` further tokens."""
+    def new_conversation(self, tokens: int, kept_tokens: int) -> Conversation:
+        """Empty caches with room for `tokens` before the split and `kept_tokens` after it (they grow when they must)."""
         g, k, limit = self.manifest.geometry, self.manifest.split_layer, self.manifest.max_context
-        pre = KVGroup(range(k), g.kv_heads, g.head_size, prompt_tokens + reserve, limit)
-        post = KVGroup(range(k, g.layers), g.kv_heads, g.head_size, kept_tokens + reserve, limit)
+        pre = KVGroup(range(k), g.kv_heads, g.head_size, tokens, limit)
+        post = KVGroup(range(k, g.layers), g.kv_heads, g.head_size, kept_tokens, limit)
         return Conversation(pre, post)
 
-    def prefill(
-        self, input_ids: np.ndarray, visual_mask: np.ndarray, pixel_values: np.ndarray | None, *, keep: int | None, image_seed: int = 0,
-        reserve: int = 64, watch: Stopwatch | None = None, kept_indices: np.ndarray | None = None,
-        trace: dict[str, np.ndarray] | None = None,
-    ) -> tuple[Conversation, np.ndarray]:  # fmt: skip
-        """Runs a whole prompt.
+    def extend(
+        self, conversation: Conversation, input_ids: np.ndarray, groups: Sequence[ImageGroup], pixel_values: np.ndarray | None, *,
+        keep: int | None, watch: Stopwatch | None = None, select: Select | None = None, trace: Trace | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Runs what the conversation does not hold yet of a prompt.
 
         Args:
-            input_ids, visual_mask: [S] int64 and bool, images expanded.
-            pixel_values: [images, 3, side, side] float32; None without images.
-            keep: visual tokens kept after the split; None keeps all.
-            reserve: further tokens to make room for at first (the caches grow when they must).
-            kept_indices: replaces the score's selection (for parity tests), ascending int64 within the visual tokens.
-            trace: receives `hidden_states` [1, S, d] and `score_states` [1, S, H * d_h] of the first half.
+            conversation: holds the first `next_position` tokens of the prompt, no image group in part.
+            input_ids: [S] int64, the whole prompt, images expanded.
+            groups: the image groups that are not in the conversation yet.
+            pixel_values: [images, 3, side, side] float32, the images of `groups` in order; None without.
+            keep: visual tokens kept after the split, of each group; None keeps all.
+            select: chooses a group's kept indices in place of the score.
+            trace: receives `hidden_states` and `score_states` of the new rows.
 
         Returns:
-            The conversation, and the logits [vocab] float32 of the last token.
+            Logits [vocab] float32 of the last token.
         """
         watch = watch or Stopwatch()
-        visual = int(visual_mask.sum())
-        embeds = self.embed(input_ids, visual_mask, pixel_values, watch)
-        positions = np.arange(len(input_ids), dtype=np.int64)
-        kept = min(visual, len(kept_indices) if kept_indices is not None else visual if keep is None else keep)
-        conversation = self.new_conversation(len(input_ids), len(input_ids) - visual + kept, reserve)
-        with watch.stage(names.PRE_ECL):
-            outputs = [names.HIDDEN_STATES] + ([names.SCORE_STATES] if kept < visual or trace is not None else [])
-            results = self.run_half(names.PRE_ECL, embeds, positions, conversation.pre, outputs)
-            hidden, score_states = results[0], results[-1]
-        if trace is not None:
-            trace.update(zip(outputs, results, strict=True))
-        if kept < visual:
-            if kept_indices is not None:
-                conversation.selection = Selection(visual, kept_indices, None)
-            else:
-                with watch.stage(names.SCORE):
-                    conversation.selection = self._score(kept, hidden, score_states, positions, visual_mask, image_seed)
-            hidden, positions = drop_rows(hidden, positions, visual_mask, conversation.selection.kept_indices)
-        else:
-            conversation.selection = Selection.everything(visual)
-        with watch.stage(names.POST_ECL):
-            (logits,) = self.run_half(names.POST_ECL, hidden, positions, conversation.post, [names.LOGITS])
-        conversation.next_position = len(input_ids)
-        return conversation, logits[0]
+        begin = conversation.next_position
+        visual_rows = np.concatenate([g.rows for g in groups]) if groups else np.zeros(0, np.int64)
+        with self._lock:
+            embeds = self.embed(input_ids[begin:], visual_rows - begin, pixel_values, watch)
+            positions = np.arange(begin, len(input_ids), dtype=np.int64)
+            scored = select is None and any(keep is not None and keep < len(g.rows) for g in groups)
+            with watch.stage(names.PRE_ECL):
+                outputs = [names.HIDDEN_STATES] + ([names.SCORE_STATES] if scored or trace is not None else [])
+                results = self.run_half(names.PRE_ECL, embeds, positions, conversation.pre, outputs)
+                hidden, score_states = results[0], results[-1]
+            if trace is not None:
+                trace.update(zip(outputs, results, strict=True))
+            selections, stays = [], np.ones(len(positions), bool)
+            for group in groups:
+                rows = group.rows - begin
+                if select is not None or keep is None or keep >= len(rows):
+                    kept = np.arange(len(rows)) if select is None else select(group)
+                    selections.append(Selection(group, kept, None, keep))
+                else:
+                    with watch.stage(names.SCORE):
+                        selections.append(self._score(group, keep, hidden[0][rows], score_states[0][rows], positions[rows]))
+                stays[np.delete(rows, selections[-1].kept_indices)] = False
+            with watch.stage(names.POST_ECL):
+                hidden = hidden if stays.all() else np.ascontiguousarray(hidden[:, stays])
+                (logits,) = self.run_half(names.POST_ECL, hidden, positions[stays], conversation.post, [names.LOGITS])
+        conversation.token_ids = np.array(input_ids, np.int64)
+        conversation.selections += tuple(selections)
+        row: np.ndarray = logits[0]
+        return row
 
     def decode(self, conversation: Conversation, token_id: int) -> np.ndarray:
         """Appends one token to both groups; returns the logits [vocab] float32 that follow it."""
         position = np.array([conversation.next_position], dtype=np.int64)
         embeds = np.ascontiguousarray(self._embedding[token_id][None, None])
-        (hidden,) = self.run_half(names.PRE_ECL, embeds, position, conversation.pre, [names.HIDDEN_STATES])
-        (logits,) = self.run_half(names.POST_ECL, hidden, position, conversation.post, [names.LOGITS])
-        conversation.next_position += 1
+        with self._lock:
+            (hidden,) = self.run_half(names.PRE_ECL, embeds, position, conversation.pre, [names.HIDDEN_STATES])
+            (logits,) = self.run_half(names.POST_ECL, hidden, position, conversation.post, [names.LOGITS])
+        conversation.token_ids = np.append(conversation.token_ids, token_id)
         row: np.ndarray = logits[0]
         return row
+
+    def prefill(
+        self, input_ids: np.ndarray, visual_mask: np.ndarray, pixel_values: np.ndarray | None, *, keep: int | None, image_seed: int = 0,
+        kept_indices: np.ndarray | None = None, trace: Trace | None = None,
+    ) -> tuple[Conversation, np.ndarray]:  # fmt: skip
+        """A whole prompt in a new conversation, all of its images as one group: `extend` for those who have no messages.
+
+        Args:
+            input_ids, visual_mask: [S] int64 and bool, images expanded.
+            kept_indices: used instead of the score's selection, ascending within the visual tokens.
+        """
+        rows = np.flatnonzero(visual_mask)
+        starts = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []
+        groups = [ImageGroup(tuple(ImageSpan(int(r[0]), int(r[-1]) + 1, "") for r in starts), image_seed)] if len(rows) else []
+        conversation = self.new_conversation(len(input_ids) + 1, len(input_ids) + 1)
+        select = None if kept_indices is None else lambda _: kept_indices
+        logits = self.extend(conversation, input_ids, groups, pixel_values, keep=keep, select=select, trace=trace)
+        return conversation, logits
 
     def check_keep(self, keep: int | str | None) -> int | None:
         """The keep count to use: None gives the default budget, "all" (or N) no pruning (returned as None)."""
@@ -128,19 +136,20 @@ class EngineChain:
 
     # ------------------------------------------------------------ the stages
 
-    def embed(self, input_ids: np.ndarray, visual_mask: np.ndarray, pixel_values: np.ndarray | None, watch: Stopwatch) -> np.ndarray:
-        """[1, S, d] float32: rows of the token table, and the image's rows where `visual_mask` says so."""
+    def embed(self, input_ids: np.ndarray, visual_rows: np.ndarray, pixel_values: np.ndarray | None, watch: Stopwatch) -> np.ndarray:
+        """[1, S, d] float32: rows of the token table, and the images' rows at `visual_rows`."""
         image_embeds = None
         if pixel_values is not None:
             with watch.stage(names.VISION):
                 (image_embeds,) = self._engines[names.VISION].run({names.PIXEL_VALUES: pixel_values}, [names.IMAGE_EMBEDS])
         with watch.stage("embed"):
-            embeds = np.asarray(self._embedding[np.where(visual_mask, 0, input_ids)])
+            embeds = np.array(self._embedding[input_ids])
             if image_embeds is not None:
-                embeds[visual_mask] = image_embeds
+                embeds[visual_rows] = image_embeds
         return embeds[None]
 
     def run_half(self, name: str, hidden: np.ndarray, positions: np.ndarray, cache: KVGroup, outputs: list[str]) -> list[np.ndarray]:
+        """Runs one half over new rows [1, S, d] at `positions` [S], writing their keys and values into `cache`."""
         rows = hidden.shape[1]
         cache.reserve(rows)
         feeds: dict[str, np.ndarray] = {
@@ -154,25 +163,13 @@ class EngineChain:
         cache.advance(rows)
         return results
 
-    def _score(
-        self, keep: int, hidden: np.ndarray, score_states: np.ndarray, positions: np.ndarray, visual_mask: np.ndarray, image_seed: int
-    ) -> Selection:
-        feeds: Mapping[str, np.ndarray] = {
-            names.SCORE_STATES: score_states[0][visual_mask],
-            names.HIDDEN_STATES: hidden[0][visual_mask],
-            names.POSITION_IDS: positions[visual_mask][None],
-        }
+    def _score(self, group: ImageGroup, keep: int, hidden: np.ndarray, score_states: np.ndarray, positions: np.ndarray) -> Selection:
+        """Chooses among a group's rows: hidden [N, d], score_states [N, H * d_h], positions [N]."""
+        feeds = {names.SCORE_STATES: score_states, names.HIDDEN_STATES: hidden, names.POSITION_IDS: positions[None]}
         if self.manifest.score_mode == "random":
-            feeds = {**feeds, names.IMAGE_SEED: np.array([image_seed], dtype=np.int64)}
+            feeds[names.IMAGE_SEED] = np.array([group.seed], dtype=np.int64)
         kept, entropy = self._engines[names.score_graph(keep)].run(feeds, [names.KEPT_INDICES, names.TOKEN_ENTROPY])
-        return Selection(int(visual_mask.sum()), kept, entropy)
-
-
-def drop_rows(hidden: np.ndarray, positions: np.ndarray, visual_mask: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of all text and of the kept visual tokens, in their order, with their original positions."""
-    stays = ~visual_mask
-    stays[np.flatnonzero(visual_mask)[kept]] = True
-    return np.ascontiguousarray(hidden[:, stays]), positions[stays]
+        return Selection(group, kept, entropy, keep)
 
 
 def _map_embedding(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -27,13 +27,16 @@ from runtime.errors import BundleError, InputError
 ROLES = ("system", "user", "assistant")
 
 
-def normalize_messages(prompt_or_messages: str | Sequence[Mapping[str, Any]], image_count: int) -> list[dict[str, Any]]:
+def normalize_messages(
+    prompt_or_messages: str | Sequence[Mapping[str, Any]], image_count: int, *, text_needed: bool = True
+) -> list[dict[str, Any]]:
     """Messages in the one form that every chat template understands: each content a list of text and image parts.
 
     Args:
         prompt_or_messages: one user's text, which gets all images in front; or messages `{"role": ..., "content": ...}` whose content
             is a text or a list of `{"type": "text", "text": ...}` and `{"type": "image"}`.
         image_count: how many images are given, in the order of the image parts.
+        text_needed: whether messages without any text are an error.
 
     Raises:
         InputError: something is empty, malformed, or the image parts are not as many as the images.
@@ -45,7 +48,7 @@ def normalize_messages(prompt_or_messages: str | Sequence[Mapping[str, Any]], im
         raise InputError(f"a prompt must be a text or a list of messages, not {type(prompt_or_messages).__name__}")
     messages = [_message(message, f"message {number}") for number, message in enumerate(prompt_or_messages, 1)]
     parts = [part for message in messages for part in message["content"]]
-    if not any(part["type"] == "text" and part["text"].strip() for part in parts):
+    if text_needed and not any(part["type"] == "text" and part["text"].strip() for part in parts):
         raise InputError("the prompt is empty: write a question or an instruction")
     placed = sum(part["type"] == "image" for part in parts)
     if placed != image_count:

@@ -19,6 +19,7 @@ class Generation:
         text: the answer.
         token_ids: generated tokens, the end token included where it was reached.
         prompt_tokens: length of the unpruned prompt, visual tokens included.
+        reused_tokens: prompt tokens that a state or the cache already held.
         visual_tokens: N, over all images.
         kept_tokens: visual tokens kept after the split (N where nothing was pruned).
         kept_indices: which, counted within the visual tokens, ascending.
@@ -33,6 +34,7 @@ class Generation:
     text: str
     token_ids: tuple[int, ...]
     prompt_tokens: int
+    reused_tokens: int
     visual_tokens: int
     kept_tokens: int
     kept_indices: tuple[int, ...]
@@ -49,6 +51,7 @@ class Generation:
             "text": self.text,
             "token_ids": list(self.token_ids),
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "visual_tokens": self.visual_tokens,
             "kept_tokens": self.kept_tokens,
             "kept_indices": list(self.kept_indices),

@@ -6,6 +6,7 @@ Knows nothing about engines; an engine binds `buffers` as they are and rebinds w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import numpy as np
@@ -70,6 +71,14 @@ class KVGroup:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} rows to {length}")
         self.length = length
+
+    def clone(self) -> KVGroup:
+        """An independent copy of the valid rows, with the same capacity."""
+        other = copy.copy(self)
+        other.buffers = {name: np.zeros_like(buffer) for name, buffer in self.buffers.items()}
+        for name, buffer in self.buffers.items():
+            other.buffers[name][:, :, : self.length] = buffer[:, :, : self.length]
+        return other
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Valid keys and values of a layer (global index), [kv_heads, length, head_size] views."""

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from runtime.generation import Generation
 from runtime.images import load_image
 from runtime.pipeline import VisionLanguageModel
-from runtime.prompt import ImageSource
+from runtime.prompt import RawImage
 
 PANEL = 420
 MARGIN = 16
@@ -16,7 +16,7 @@ CAPTION = 44
 DROPPED = 0.22  # brightness of a dropped patch
 
 
-def draw_selection(model: VisionLanguageModel, source: ImageSource, result: Generation) -> Image.Image:
+def draw_selection(model: VisionLanguageModel, source: RawImage, result: Generation) -> Image.Image:
     """Three panels side by side: the image, kept patches (dropped ones darkened), entropy from low (dark) to high (light).
 
     Args:

@@ -4,7 +4,10 @@
     vlm = load("bundles/tiny-llava-cpu")
     print(vlm.generate("what is at row 2 column 3?", images=["scene.png"]).text)
 
-One loaded model may be used from several threads: calls queue, one runs at a time.
+A state asks several questions about one image without running it again:
+
+    state = vlm.prefill([{"role": "user", "content": [{"type": "image"}]}], images=["scene.png"])
+    vlm.generate("read row 2.", state=state)
 """
 
 from __future__ import annotations
@@ -18,88 +21,158 @@ from typing import Any
 
 import numpy as np
 
-from runtime.chain import Conversation, EngineChain
+from runtime.chain import EngineChain
+from runtime.conversation import Conversation
 from runtime.detokenize import IncrementalDetokenizer, StopStrings
 from runtime.engines.onnxruntime import ThreadPool
-from runtime.errors import ContextLengthError, EntropyPruneError
+from runtime.errors import ContextLengthError, EntropyPruneError, UsageError
 from runtime.generation import Generation, Stopwatch
 from runtime.manifest import Manifest, check_files, read_manifest
 from runtime.prompt import GENERATION_FILE, ImageSource, Message, Prompt, PromptBuilder
 from runtime.sampling import GenerationConfig, Sampler
+from runtime.state import PrefixCache, PromptState
 
 Images = Sequence[ImageSource]
 MAX_RESERVE = 256  # tokens that a cache makes room for at first; it doubles when an answer grows beyond
 
 
-def load(bundle: str | os.PathLike[str], *, threads: int | None = None, check_hashes: bool = True) -> VisionLanguageModel:
+def load(
+    bundle: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    check_hashes: bool = True,
+    cache_bytes: int = 0,
+    shared_threads: bool = True,
+) -> VisionLanguageModel:
     """Loads a bundle made by `python -m export.build`.
 
     Args:
         bundle: the bundle's directory.
-        threads: engine threads of this process (default: one per available core); the first model loaded decides.
+        threads: engine threads (default: one per available core). They are shared by the whole process; the first model decides.
         check_hashes: compare every file with its SHA-256 (about 1 GB/s); False compares sizes only.
+        cache_bytes: bytes of caches kept for prompts that begin alike (same text and images), least recently used out first.
+        shared_threads: False gives every engine threads of its own, for processes with other ONNX Runtime sessions that must have theirs.
 
     Raises:
         BundleError: it is missing, altered, truncated or too new.
         EngineError: the engine library refuses a graph.
+        UsageError: an option is out of range.
     """
     path = Path(bundle)
     manifest = read_manifest(path)
     check_files(path, manifest, hashes=check_hashes)
-    ThreadPool.use(threads)
-    return VisionLanguageModel(path, manifest)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; give 1 or more, or leave it out for one per core")
+    if shared_threads:
+        ThreadPool.use(threads)
+    return VisionLanguageModel(path, manifest, threads, cache_bytes)
 
 
 class VisionLanguageModel:
-    """A loaded bundle. Make one with `load`."""
+    """A loaded bundle. Make one with `load`.
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+    Safe to use from several threads: engines run one call at a time, each answer has caches of its own.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, threads: int | None = None, cache_bytes: int = 0) -> None:
         self.bundle, self.manifest = bundle, manifest
         self.prompts = PromptBuilder(bundle, manifest)
-        self.chain = EngineChain(bundle, manifest)
+        self.chain = EngineChain(bundle, manifest, threads)
         self.defaults = GenerationConfig.from_json(json.loads((bundle / GENERATION_FILE).read_text(encoding="utf-8")))
-        self._lock = threading.Lock()
+        self.cache = PrefixCache(cache_bytes)
+        self.lock = threading.Lock()  # guards the cache and who uses which conversation, never held while engines run
 
     def generate(
-        self, messages: str | Sequence[Message], images: Images = (), *, keep: int | str | None = None, **options: Any
-    ) -> Generation:
+        self, messages: str | Sequence[Message], images: Images = (), *, keep: int | str | None = None, state: PromptState | None = None,
+        **options: Any,
+    ) -> Generation:  # fmt: skip
         """Answers a prompt.
 
         Args:
             messages: a question, or a list of messages as Hugging Face's chat templates take them
                 (`[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}]`).
             images: one for each image of the messages, in order: file names, PIL images or uint8 arrays [H, W, 3].
-            keep: visual tokens kept after the split, over all images: a budget of the bundle, or "all" (default: its first).
+            keep: visual tokens kept after the split, over all images of a message: a budget of the bundle, or "all"
+                (default: its first, or the state's).
+            state: from `prefill`; a question is added to its messages, a list of messages begins with them. Its images are not
+                passed again.
             options: max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed, stop_strings, eos_token_ids.
 
         Raises:
             InputError: a message or image cannot be used, or is too long (ContextLengthError).
-            UsageError: an option or budget that does not exist.
+            UsageError: an option or budget that does not exist, or a state that another answer is using.
         """
-        stream = self.stream(messages, images, keep=keep, **options)
+        stream = self.stream(messages, images, keep=keep, state=state, **options)
         for _ in stream:
             pass
         return stream.result
 
     def stream(
-        self, messages: str | Sequence[Message], images: Images = (), *, keep: int | str | None = None, **options: Any
-    ) -> AnswerStream:
+        self, messages: str | Sequence[Message], images: Images = (), *, keep: int | str | None = None, state: PromptState | None = None,
+        **options: Any,
+    ) -> AnswerStream:  # fmt: skip
         """Like `generate`, piece by piece: iterate over the returned stream, then read its `result`."""
         config = self.defaults.override(**options)
-        return AnswerStream(self, messages, images, self.chain.check_keep(keep), config)
+        if state is not None and keep is not None and self.chain.check_keep(keep) != state.keep:
+            raise UsageError(f"the state was made with keep {state.keep or 'all'}, not {keep}: leave keep out, or prefill again")
+        return AnswerStream(self, messages, images, state.keep if state else self.chain.check_keep(keep), state, config)
+
+    def prefill(self, messages: str | Sequence[Message], images: Images = (), *, keep: int | str | None = None) -> PromptState:
+        """Runs the beginning of a prompt once: `generate("question", state=...)` then asks about it, any number of times.
+
+        What follows an image cannot change its selection (attention is causal), so answers are those of asking afresh.
+
+        Args:
+            messages: a list of messages; its last user message may hold images alone. A text is one user message.
+            images, keep: as in `generate`.
+        """
+        budget = self.chain.check_keep(keep)
+        prompt = self.prompts.build(messages, images, answer=False)
+        _room(self.manifest, prompt, 1)
+        conversation = self._begin(prompt, budget, MAX_RESERVE)
+        self.chain.extend(conversation, prompt.ids.input_ids, prompt.groups, prompt.pixel_values, keep=budget)
+        return PromptState(prompt, budget, conversation)
+
+    # ------------------------------------------------------------ for AnswerStream
+
+    def borrow(self, prompt: Prompt, keep: int | None, state: PromptState | None, reserve: int) -> Conversation:
+        """A conversation that holds as much of the prompt as is known, cut down to that, marked as in use."""
+        with self.lock:
+            conversation = state.conversation if state else self.cache.take(prompt, keep)
+            if conversation is not None:
+                if conversation.in_use:
+                    raise UsageError("the state is being used by another answer: wait for it, close it, or clone() the state")
+                conversation.in_use = True
+        if conversation is None:
+            return self._begin(prompt, keep, reserve)
+        conversation.truncate(conversation.shared_with(prompt.ids.input_ids, prompt.groups, keep))
+        return conversation
+
+    def give_back(self, conversation: Conversation, state: PromptState | None) -> None:
+        """Ends an answer's use of a conversation."""
+        with self.lock:
+            conversation.in_use = False
+            if state is None and self.cache.limit_bytes:
+                self.cache.put(conversation)
+
+    def _begin(self, prompt: Prompt, keep: int | None, reserve: int) -> Conversation:
+        tokens = len(prompt.ids.input_ids)
+        dropped = sum(max(0, len(group.rows) - keep) for group in prompt.groups) if keep is not None else 0
+        return self.chain.new_conversation(tokens + reserve, tokens - dropped + reserve)
 
 
 class AnswerStream:
     """An answer being generated: iterate for pieces of text; `result` holds the statistics when it has ended.
 
-    Nothing runs before the first piece is asked for. `close` (or leaving a `with` block) cancels it; the model is then free again.
+    Nothing runs before the first piece is asked for. `close` (or leaving a `with` block) cancels it; the model is usable throughout.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, messages: str | Sequence[Message], images: Images, keep: int | None, config: GenerationConfig
-    ) -> None:
+        self, model: VisionLanguageModel, messages: str | Sequence[Message], images: Images, keep: int | None, state: PromptState | None,
+        config: GenerationConfig,
+    ) -> None:  # fmt: skip
         self._result: Generation | None = None
-        self._pieces = self._run(model, messages, images, keep, config)
+        self._pieces = self._run(model, messages, images, keep, state, config)
 
     def __iter__(self) -> Generator[str, None, None]:
         return self._pieces
@@ -122,22 +195,28 @@ class AnswerStream:
         return self._result
 
     def _run(
-        self, model: VisionLanguageModel, messages: str | Sequence[Message], images: Images, keep: int | None, config: GenerationConfig
-    ) -> Generator[str, None, None]:
+        self, model: VisionLanguageModel, messages: str | Sequence[Message], images: Images, keep: int | None, state: PromptState | None,
+        config: GenerationConfig,
+    ) -> Generator[str, None, None]:  # fmt: skip
         watch = Stopwatch()
-        with model._lock:
-            with watch.stage("preprocess"):
-                prompt = model.prompts.build(messages, images)
-            allowed = _room(model.manifest, prompt, config)
-            conversation, logits = model.chain.prefill(
-                prompt.ids.input_ids, prompt.ids.visual_mask, prompt.pixel_values, keep=keep, image_seed=prompt.image_seed,
-                reserve=min(allowed, MAX_RESERVE), watch=watch,
-            )  # fmt: skip
-            answer = _Answer(model, conversation, prompt, config, allowed, watch)
+        with watch.stage("preprocess"):
+            if state is not None:
+                messages, images = state.with_question(messages), (*state.images, *images)
+            prompt = model.prompts.build(messages, images)
+        allowed = _room(model.manifest, prompt, config.max_new_tokens)
+        conversation = model.borrow(prompt, keep, state, min(allowed, MAX_RESERVE))
+        try:
+            groups = [g for g in prompt.groups if g.start >= conversation.next_position]
+            reused = conversation.next_position
+            pixels = prompt.pixels_of(groups)
+            logits = model.chain.extend(conversation, prompt.ids.input_ids, groups, pixels, keep=keep, watch=watch)
+            answer = _Answer(model, conversation, prompt, config, allowed, reused, watch)
             try:
                 yield from answer.pieces(logits)
             finally:
                 self._result = answer.generation()
+        finally:
+            model.give_back(conversation, state)
 
 
 class _Answer:
@@ -150,10 +229,11 @@ class _Answer:
         prompt: Prompt,
         config: GenerationConfig,
         allowed: int,
+        reused: int,
         watch: Stopwatch,
     ) -> None:
         self._model, self._conversation, self._prompt, self._config = model, conversation, prompt, config
-        self._allowed, self._watch = allowed, watch
+        self._allowed, self._reused, self._watch = allowed, reused, watch
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._ttft_ms = 0.0
@@ -192,25 +272,26 @@ class _Answer:
             yield rest
 
     def generation(self) -> Generation:
-        selection, stages = self._conversation.selection, self._watch.stages_ms
-        entropy = selection.token_entropy
+        conversation, stages = self._conversation, self._watch.stages_ms
+        kept = conversation.kept_indices
         return Generation(
             text="".join(self._text).strip(),
             token_ids=tuple(self._tokens),
             prompt_tokens=len(self._prompt.ids.input_ids),
-            visual_tokens=selection.visual_tokens,
-            kept_tokens=len(selection.kept_indices),
-            kept_indices=tuple(selection.kept_indices.tolist()),
-            token_entropy=entropy,
+            reused_tokens=self._reused,
+            visual_tokens=conversation.visual_tokens,
+            kept_tokens=len(kept),
+            kept_indices=tuple(kept.tolist()),
+            token_entropy=conversation.token_entropy,
             ttft_ms=self._ttft_ms,
             tpot_ms=stages.get("decode", 0.0) / max(1, len(self._tokens) - 1),
             stages_ms=stages,
             finish_reason=self._finish_reason,
-            unscored_tokens=0 if entropy is None else int((~np.isfinite(entropy)).sum()),
+            unscored_tokens=conversation.unscored_tokens,
         )
 
 
-def _room(manifest: Manifest, prompt: Prompt, config: GenerationConfig) -> int:
+def _room(manifest: Manifest, prompt: Prompt, wanted: int) -> int:
     """How many tokens may be generated: what is asked for, within the context."""
     room = manifest.max_context - len(prompt.ids.input_ids)
     if room < 1:
@@ -218,4 +299,4 @@ def _room(manifest: Manifest, prompt: Prompt, config: GenerationConfig) -> int:
             f"the prompt has {len(prompt.ids.input_ids)} tokens, the bundle's context holds {manifest.max_context} with the answer: "
             "shorten it, or export with a larger --max-context"
         )
-    return min(room, config.max_new_tokens)
+    return min(room, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from runtime.chat import ChatTemplate, PromptIds, Tokenizer, normalize_messages
+from runtime.conversation import ImageGroup, ImageSpan
 from runtime.errors import BundleError
-from runtime.images import ImageProcessor, image_seed, load_image
+from runtime.images import ImageProcessor, image_hash, image_seed, load_image
 from runtime.manifest import Manifest
 
 Message = Mapping[str, Any]
-ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -27,17 +28,44 @@ SPECIAL_TOKENS_FILE = "special_tokens.json"
 GENERATION_FILE = "generation_config.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prepared prompt: `ids.input_ids` [S] int64 with images expanded, `pixel_values` [images, 3, side, side] float32 or None.
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedImage:
+    """An image ready for the vision engine: `pixel_values` [1, 3, side, side] float32; `digest` and `seed` come from its bytes."""
 
-    `image_seed` is derived from the images' bytes; the control `random` ranks by it.
-    """
+    pixel_values: np.ndarray
+    digest: str
+    seed: int
+
+
+RawImage = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
+ImageSource = RawImage | PreparedImage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A prepared prompt: `ids` with images expanded, its messages and images in order, one group for each message with images."""
 
     ids: PromptIds
-    pixel_values: np.ndarray | None
-    images: tuple[Image.Image, ...]
-    image_seed: int
+    messages: tuple[Message, ...]
+    images: tuple[PreparedImage, ...]
+    groups: tuple[ImageGroup, ...]
+
+    @property
+    def pixel_values(self) -> np.ndarray | None:
+        """[images, 3, side, side] float32, all images; None without."""
+        return self.pixels_of(self.groups)
+
+    @property
+    def image_seed(self) -> int:
+        """The first group's seed; 0 without images."""
+        return self.groups[0].seed if self.groups else 0
+
+    def pixels_of(self, groups: Sequence[ImageGroup]) -> np.ndarray | None:
+        """The same for the images of some groups."""
+        wanted = {span.start for group in groups for span in group.spans}
+        starts = [span.start for group in self.groups for span in group.spans]
+        pixels = [image.pixel_values for image, start in zip(self.images, starts, strict=True) if start in wanted]
+        return np.concatenate(pixels) if pixels else None
 
 
 class PromptBuilder:
@@ -50,25 +78,55 @@ class PromptBuilder:
         self._template = ChatTemplate(_read(bundle / TEMPLATE_FILE))
         self.special_tokens: dict[str, str] = json.loads(_read(bundle / SPECIAL_TOKENS_FILE))
 
-    def build(self, messages: str | Sequence[Message], images: Sequence[ImageSource]) -> Prompt:
+    def prepare(self, source: ImageSource) -> PreparedImage:
+        """Loads and preprocesses an image (a prepared one is returned as it is).
+
+        Raises:
+            InputError: it cannot be used.
+        """
+        if isinstance(source, PreparedImage):
+            return source
+        image = load_image(source)
+        return PreparedImage(self.image_processor(image), image_hash(image), image_seed(image))
+
+    def build(self, messages: str | Sequence[Message], images: Sequence[ImageSource], *, answer: bool = True) -> Prompt:
         """Prepares a prompt.
+
+        Args:
+            answer: end with the template's invitation to answer; without it, text is not needed either.
 
         Raises:
             InputError: a message or image cannot be used.
         """
-        pictures = tuple(load_image(source) for source in images)
-        text = self._template.render(normalize_messages(messages, len(pictures)), add_generation_prompt=True, **self.special_tokens)
-        per_image = [self._manifest.geometry.visual_tokens] * len(pictures)
-        ids = self.tokenizer.encode(text, self._manifest.image_token_id, per_image)
-        pixels = np.concatenate([self.image_processor(p) for p in pictures]) if pictures else None
-        return Prompt(ids, pixels, pictures, combined_seed([image_seed(p) for p in pictures]))
+        parts = normalize_messages(messages, len(images), text_needed=answer)
+        text = self._template.render(parts, add_generation_prompt=answer, **self.special_tokens)
+        per_image = self._manifest.geometry.visual_tokens
+        ids = self.tokenizer.encode(text, self._manifest.image_token_id, [per_image] * len(images))
+        prepared = tuple(self.prepare(source) for source in images)
+        return Prompt(ids, tuple(parts), prepared, _groups(ids, parts, prepared, per_image))
+
+
+def _groups(ids: PromptIds, messages: Sequence[Message], images: Sequence[PreparedImage], per_image: int) -> tuple[ImageGroup, ...]:
+    """One group for each message that has images, spans in the prompt's order."""
+    starts = iter(np.flatnonzero(ids.visual_mask)[::per_image].tolist())
+    remaining = iter(images)
+    groups = []
+    for message in messages:
+        count = sum(part["type"] == "image" for part in message["content"])
+        chosen = list(itertools.islice(remaining, count))
+        spans = tuple(
+            ImageSpan(start, start + per_image, image.digest) for start, image in zip(itertools.islice(starts, count), chosen, strict=True)
+        )
+        if spans:
+            groups.append(ImageGroup(spans, combined_seed([image.seed for image in chosen])))
+    return tuple(groups)
 
 
 def combined_seed(seeds: Sequence[int]) -> int:
     """One 31-bit seed for several images, in their order; a single image's own seed for one."""
     combined = 0
     for seed in seeds:
-        combined = (combined * 1_000_003 + seed) % (2**31)
+        combined = (combined * 1_000_003 + seed) % (2**31 - 1)
     return combined
 
 

@@ -59,8 +59,8 @@ def test_selection_on_real_activations_is_the_exact_one(model: VisionLanguageMod
         conversation, _ = model.chain.prefill(ids, mask, prompt.pixel_values, keep=keep)
         states = reference.prefill(torch.from_numpy(ids)[None], torch.from_numpy(prompt.pixel_values)).score_states[torch.from_numpy(mask)]
         exact = token_scores(states.reshape(len(states), reference.heads, -1), "trace")
-        entropy = conversation.selection.token_entropy
-        found.append(selection_quality(exact, conversation.selection.kept_indices, float(np.abs(entropy - exact).max())))
+        entropy = conversation.token_entropy
+        found.append(selection_quality(exact, conversation.kept_indices, float(np.abs(entropy - exact).max())))
     assert len(found) >= 100
     assert np.mean([q.overlap for q in found]) >= MIN_OVERLAP
     assert max(q.score_error for q in found) <= MAX_SWAP_DISTANCE / 2

@@ -24,7 +24,11 @@ _PAST, _PRESENT = "past_key_values.", "present."
 
 
 class ThreadPool:
-    """The process's one pool of engine threads; the first `use` decides its size."""
+    """The process's one pool of engine threads; the first `use` decides its size.
+
+    Once it runs, ONNX Runtime refuses sessions that ask for threads of their own, from anyone in the process: make others with
+    `session_options`, or load bundles with `shared_threads=False`.
+    """
 
     size: int | None = None
 
@@ -39,15 +43,24 @@ class ThreadPool:
             _log.warning("the engine threads of this process were started as %d and cannot become %d", cls.size, threads)
 
 
+def session_options(threads: int | None = None) -> ort.SessionOptions:
+    """Options for a CPU session: on the shared pool where it runs, otherwise with `threads` threads of its own that never wait busily."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if ThreadPool.size is not None:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads or _available_cores()
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 class OnnxRuntimeEngine:
     """A graph as an ONNX Runtime session."""
 
-    def __init__(self, path: Path, graph: GraphInfo) -> None:
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
-        options.log_severity_level = 3
+    def __init__(self, path: Path, graph: GraphInfo, threads: int | None = None) -> None:
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
         except Exception as error:  # the library's exceptions share no base class of their own
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_first_line(error)}; export the bundle again"

@@ -17,6 +17,7 @@ import pytest
 from export.exact_score import select_tokens, token_scores
 from export.graphs.quadrature import ENTROPY, derive
 from export.graphs.score import ScoreSpec, build_score, random_scores, uniform_scores
+from runtime.engines.onnxruntime import session_options
 from runtime.errors import UsageError
 from runtime.names import SCORE_MODES
 from tests.conftest import ROOT
@@ -50,9 +51,7 @@ def spec_of(mode: str, heads: int = 8, head_size: int = 24, keep: int = 10, **ch
 @functools.cache
 def session(spec: ScoreSpec) -> onnxruntime.InferenceSession:
     model = ir.to_proto(build_score(spec).model()).SerializeToString()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, session_options(1), providers=["CPUExecutionProvider"])
 
 
 def run(spec: ScoreSpec, states: Scores, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
