@@ -48,7 +48,7 @@ def normalize_messages(
         raise InputError(f"a prompt must be a text or a list of messages, not {type(prompt_or_messages).__name__}")
     messages = [_message(message, f"message {number}") for number, message in enumerate(prompt_or_messages, 1)]
     parts = [part for message in messages for part in message["content"]]
-    if text_needed and not any(part["type"] == "text" and part["text"].strip() for part in parts):
+    if not parts or text_needed and not any(part["type"] == "text" and part["text"].strip() for part in parts):
         raise InputError("the prompt is empty: write a question or an instruction")
     placed = sum(part["type"] == "image" for part in parts)
     if placed != image_count:

@@ -203,11 +203,14 @@ class Progress:
 
 
 def mix(done: float) -> dict[str, float]:
-    """Question types' weights when a share `done` (0 to 1) of stage `answers` is over: look-ups first, everything later."""
-    late = min(1.0, max(0.0, (done - 0.08) / 0.17))
-    first = {"what": 3.0, "color": 1.5, "read": 1.2, "where": 0.7, "exists": 0.5, "compare": 0.3, "count": 0.4}
-    last = {"what": 0.7, "color": 1.0, "read": 1.0, "where": 1.6, "exists": 1.5, "compare": 1.2, "count": 1.4}
-    return {kind: (1 - late) * first[kind] + late * last[kind] for kind in first}
+    """Question types' weights when a share `done` (0 to 1) of stage `answers` is over: look-ups first, what is slow to learn last."""
+    stages = (
+        (0.08, {"what": 3.0, "color": 1.5, "read": 1.2, "where": 0.7, "exists": 0.5, "compare": 0.3, "count": 0.4}),
+        (0.25, {"what": 0.7, "color": 1.0, "read": 1.0, "where": 1.6, "exists": 1.5, "compare": 1.2, "count": 1.4}),
+        (0.45, {"what": 0.6, "color": 0.5, "read": 1.1, "where": 0.6, "exists": 1.2, "compare": 2.2, "count": 2.2}),
+    )
+    places = [place for place, _ in stages]
+    return {kind: float(np.interp(done, places, [weights[kind] for _, weights in stages])) for kind in stages[0][1]}
 
 
 def learning_rate(done: float, peak: float) -> float:
