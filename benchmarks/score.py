@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(model: str, heads: int, head_size: int, tokens: int, runs: int) -> list[Row]:
+    from benchmarks.spectra import SPECTRA, synthetic_states
     from export.exact_score import select_tokens, token_scores
-    from tests.export.spectra import SPECTRA, synthetic_states
 
     inputs = [synthetic_states(kind, tokens, heads, head_size) for kind in SPECTRA]
     exact = [token_scores(states.reshape(len(states), heads, -1), "trace") for states in inputs]

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from benchmarks.spectra import SPECTRA, synthetic_states
 from export.exact_score import select_tokens, token_scores
 from export.graphs.quadrature import ENTROPY, derive
 from export.graphs.score import ScoreSpec, build_score, random_scores, uniform_scores
@@ -21,7 +22,6 @@ from runtime.engines.onnxruntime import session_options
 from runtime.errors import UsageError
 from runtime.names import SCORE_MODES
 from tests.conftest import ROOT
-from tests.export.spectra import SPECTRA, synthetic_states
 
 Scores = npt.NDArray[np.floating]
 
