@@ -9,10 +9,12 @@ from typing import Any
 from export.flops import count_flops
 from export.plan import BuildPlan
 from runtime import names
+from runtime.flops import COUNTED_TEXT_TOKENS as TEXT_TOKENS
 from runtime.manifest import GraphInfo, Manifest
 from runtime.names import score_graph
+from runtime.units import format_bytes, format_flops
 
-TEXT_TOKENS = 32  # prompt tokens besides the image that the FLOPs are counted with
+__all__ = ["TEXT_TOKENS", "describe_plan", "describe_report", "format_bytes", "format_flops", "make_report", "stage_flops"]
 _STAGE_WORDS = {
     "vision": "vision tower and projector", "pre_ecl": "decoder before the split", "score": "score",
     "post_ecl": "decoder after the split", "head": "language-model head",
@@ -104,23 +106,3 @@ def describe_report(report: Mapping[str, Any], output: Path) -> str:
     )
     lines.append(f"bundle: {output}  ({format_bytes(report['bytes_total'])} in {len(report['bytes'])} files)")
     return "\n".join(lines)
-
-
-def format_bytes(count: float) -> str:
-    """1234567 -> '1.2 MB' (decimal units)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
-
-
-def format_flops(count: float | None) -> str:
-    """1.2e9 -> '1.20 GFLOP'; None -> '-'."""
-    if count is None:
-        return "-"
-    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TFLOP"

@@ -41,7 +41,7 @@ def bundle_text_files(plan: BuildPlan) -> dict[str, str]:
     return files
 
 
-def _try_out(files: Mapping[str, str], tokens: Mapping[str, str], plan: BuildPlan) -> None:
+def _try_out(files: Mapping[str, str], tokens: Mapping[str, Any], plan: BuildPlan) -> None:
     plan.checkpoint.image_token(plan.spec.image_token_id)
     tokenizer = _tokenizer(files[TOKENIZER_FILE], plan)
     text = ChatTemplate(files[TEMPLATE_FILE]).render(normalize_messages("What is this?", 1), **tokens)
@@ -52,7 +52,8 @@ def _try_out(files: Mapping[str, str], tokens: Mapping[str, str], plan: BuildPla
     if side != (expected, expected):
         given = f"{side[0]} x {side[1]} pixels" if side else "images of any shape"
         raise CheckpointError(
-            f"the image processor gives {given}, the vision tower takes {expected} x {expected}: use the processor that belongs to the checkpoint"
+            f"the image processor gives {given}, the vision tower takes {expected} x {expected}: "
+            "use the processor that belongs to the checkpoint"
         )
 
 

@@ -53,6 +53,9 @@ def verify(
     """
     from tqdm import tqdm
 
+    from runtime.manifest import sha256_of
+    from runtime.names import MANIFEST_FILE
+
     checks = list(tqdm(_ladder(model, reference, images), desc="parity", disable=None, file=sys.stderr))
     selection = _selection(model, reference, images, selection_images)
     checks += selection.pop("checks", [])
@@ -60,7 +63,10 @@ def verify(
         "passed": all(c.passed for c in checks),
         "checks": [{**dataclasses.asdict(c), "passed": c.passed} for c in checks],
         "selection": selection,
-        "bundle": {"model": model.manifest.model, "split_layer": model.manifest.split_layer, "budgets": model.manifest.budgets},
+        "bundle": {
+            "model": model.manifest.model, "split_layer": model.manifest.split_layer, "budgets": model.manifest.budgets,
+            "manifest_sha256": sha256_of(model.bundle / MANIFEST_FILE),
+        },
         **_where(),
     }
 
@@ -174,10 +180,11 @@ def _run(args: argparse.Namespace) -> int:
     from runtime.names import VERIFY_FILE
     from runtime.pipeline import load
 
+    given = _folder_images(args.images) if args.images else None
     model = load(args.bundle)
     reference = _reference(model, args.checkpoint)
     side = reference.model.config.vision_config.image_size
-    images = _folder_images(args.images) if args.images else synthetic_images(max(2, args.selection_images), side)
+    images = given or synthetic_images(max(2, args.selection_images), side)
     report = verify(model, reference, images, args.selection_images)
     print(describe(report))
     try:

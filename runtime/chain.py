@@ -29,6 +29,7 @@ class EngineChain:
 
     def __init__(self, bundle: Path, manifest: Manifest, threads: int | None = None) -> None:
         self.manifest = manifest
+        _check_tables(manifest)
         self._engines: dict[str, Engine] = {
             name: OnnxRuntimeEngine(bundle / graph.file, graph, threads) for name, graph in manifest.graphs.items()
         }
@@ -62,6 +63,8 @@ class EngineChain:
             Logits [vocab] float32 of the last token.
         """
         watch = watch or Stopwatch()
+        if select is None and keep is not None and keep not in self.manifest.budgets and any(keep < len(g.rows) for g in groups):
+            raise self._no_such_budget(keep)
         begin = conversation.next_position
         visual_rows = np.concatenate([g.rows for g in groups]) if groups else np.zeros(0, np.int64)
         with self._lock:
@@ -122,17 +125,19 @@ class EngineChain:
         return conversation, logits
 
     def check_keep(self, keep: int | str | None) -> int | None:
-        """The keep count to use: None gives the default budget, "all" (or N) no pruning (returned as None)."""
+        """The keep count to use: None gives the default budget, "all" no pruning (returned as None)."""
         budgets, n = self.manifest.budgets, self.manifest.geometry.visual_tokens
         if keep is None:
-            keep = budgets[0]
-        if keep in ("all", n):
+            return budgets[0]
+        if keep == "all":
             return None
-        if keep not in budgets:
-            raise UsageError(
-                f"this bundle holds the budgets {', '.join(map(str, budgets))} and all, not {keep}: export it with --keep {keep}"
-            )
+        if keep not in (*budgets, n):  # n prunes nothing of one image
+            raise self._no_such_budget(keep)
         return int(keep)
+
+    def _no_such_budget(self, keep: int | str) -> UsageError:
+        budgets = ", ".join(map(str, self.manifest.budgets))
+        return UsageError(f"this bundle holds the budgets {budgets} and all, not {keep}: export it with --keep {keep}")
 
     # ------------------------------------------------------------ the stages
 
@@ -143,8 +148,14 @@ class EngineChain:
             with watch.stage(names.VISION):
                 (image_embeds,) = self._engines[names.VISION].run({names.PIXEL_VALUES: pixel_values}, [names.IMAGE_EMBEDS])
         with watch.stage("embed"):
+            input_ids = np.array(input_ids)
+            input_ids[visual_rows] = 0  # the placeholder may lie beyond the table
             embeds = np.array(self._embedding[input_ids])
             if image_embeds is not None:
+                if len(image_embeds) != len(visual_rows):
+                    raise BundleError(
+                        f"the vision graph gave {len(image_embeds)} rows for {len(visual_rows)} visual tokens: export the bundle again"
+                    )
                 embeds[visual_rows] = image_embeds
         return embeds[None]
 
@@ -170,6 +181,26 @@ class EngineChain:
             feeds[names.IMAGE_SEED] = np.array([group.seed], dtype=np.int64)
         kept, entropy = self._engines[names.score_graph(keep)].run(feeds, [names.KEPT_INDICES, names.TOKEN_ENTROPY])
         return Selection(group, kept, entropy, keep)
+
+
+def _check_tables(manifest: Manifest) -> None:
+    """Compares the graphs' tables of inputs and outputs with the geometry, which caches are made by."""
+    g, k = manifest.geometry, manifest.split_layer
+    missing = [name for name in (names.VISION, names.PRE_ECL, names.POST_ECL) if name not in manifest.graphs]
+    if missing:
+        raise BundleError(f"the manifest has no graph {missing[0]}: export the bundle again")
+    for name, layers in ((names.PRE_ECL, range(k)), (names.POST_ECL, range(k, g.layers))):
+        wanted = {tensor: (1, g.kv_heads, g.head_size) for i in layers for tensor in (names.past_key(i), names.past_value(i))}
+        listed = {t.name: (*t.shape[:2], *t.shape[3:]) for t in manifest.graphs[name].inputs if t.name.startswith(names.PAST)}
+        if listed != wanted:
+            raise BundleError(
+                f"{name}'s caches are not those of layers {layers[0]} to {layers[-1]} with {g.kv_heads} key-value heads of {g.head_size}: "
+                "export the bundle again"
+            )
+    for keep in manifest.budgets:
+        shapes = {t.name: t.shape for t in manifest.graphs[names.score_graph(keep)].outputs}
+        if shapes.get(names.KEPT_INDICES) != (keep,):
+            raise BundleError(f"the graph {names.score_graph(keep)} does not keep {keep} tokens: export the bundle again")
 
 
 def _map_embedding(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import NoReturn
 
 from runtime.errors import EntropyPruneError
@@ -41,16 +39,9 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
         if error.filename is not None:  # not the output that could not be written
             raise
         message = f"cannot write the output: {error.strerror}"
-        _drop_output()
     print(_line(parser, message), file=sys.stderr)
     return FAILED
 
 
 def _line(parser: argparse.ArgumentParser, message: str) -> str:
     return f"{parser.prog}: error: {' '.join(message.split())}"
-
-
-def _drop_output() -> None:
-    """Lets what is still buffered go nowhere, or Python would complain about it when it exits."""
-    with suppress(OSError, ValueError):  # a stdout that is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,9 +12,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.command_line import CommandParser, run_command
 from runtime.generation import Generation
+
+if TYPE_CHECKING:
+    from runtime.pipeline import VisionLanguageModel
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
     parser.add_argument("--threads", type=int, help="engine threads (default: one per core)")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="write the first image with its kept patches and entropy")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="write the images with their kept patches and entropy")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     return parser
 
@@ -58,6 +62,8 @@ def summary(result: Generation) -> str:
 def _run(args: argparse.Namespace) -> int:
     from runtime.pipeline import load
 
+    if args.picture:
+        _check_picture(args.picture, args.image)
     vlm = load(args.bundle, threads=args.threads)
     user = {"role": "user", "content": [*({"type": "image"} for _ in args.image), {"type": "text", "text": args.prompt}]}
     messages = [{"role": "system", "content": [{"type": "text", "text": args.system}]}, user] if args.system else [user]
@@ -77,13 +83,21 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_picture(vlm: object, args: argparse.Namespace, result: Generation) -> None:
+def _check_picture(path: Path, images: Sequence[str]) -> None:
     from runtime.errors import UsageError
-    from runtime.picture import draw_selection
 
-    if not args.image:
+    if not images:
         raise UsageError("--picture needs an --image to draw")
-    draw_selection(vlm, args.image[0], result).save(args.picture)  # type: ignore[arg-type]
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--picture {path}: a PNG is written, give a name that ends in .png")
+    if not path.parent.is_dir():
+        raise UsageError(f"--picture {path}: there is no directory {path.parent}, make it first")
+
+
+def _write_picture(vlm: VisionLanguageModel, args: argparse.Namespace, result: Generation) -> None:
+    from runtime.picture import draw_selection, save_picture
+
+    save_picture(draw_selection(vlm, args.image, result, args.prompt), args.picture)
     print(f"picture: {args.picture}", file=sys.stderr)
 
 

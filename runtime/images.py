@@ -292,7 +292,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     except InputError:
         raise
     except _DECODER_ERRORS as error:
-        raise InputError(f"{name} (mode {image.mode}) cannot be read as RGB: it is damaged or cut short ({_one_line(error)})") from error
+        raise InputError(f"{name} (mode {image.mode}) is damaged or cut short ({_one_line(error)}): copy the image again") from error
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:

@@ -176,12 +176,17 @@ def check_files(bundle: Path, manifest: Manifest, *, hashes: bool = True) -> Non
         StorageError: the file system does not let it be read.
     """
     for name, info in manifest.files.items():
-        try:
-            _check_file(bundle, name, info, hashes=hashes)
-        except OSError as error:
-            if isinstance(error, StorageError):
-                raise
-            raise StorageError(f"cannot read {bundle / name}: {error.strerror}") from error
+        check_file(bundle, name, info, hashes=hashes)
+
+
+def check_file(bundle: Path, name: str, info: FileInfo, *, hashes: bool = True) -> None:
+    """The same for one file."""
+    try:
+        _check_file(bundle, name, info, hashes=hashes)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"cannot read {bundle / name}: {error.strerror}") from error
 
 
 def _check_file(bundle: Path, name: str, info: FileInfo, *, hashes: bool) -> None:

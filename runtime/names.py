@@ -24,6 +24,8 @@ KEPT_INDICES = "kept_indices"
 TOKEN_ENTROPY = "token_entropy"
 IMAGE_SEED = "image_seed"
 LOGITS = "logits"
+PAST = "past_key_values."
+PRESENT = "present."
 
 MANIFEST_FILE = "bundle.json"
 REPORT_FILE = "report.json"
@@ -34,22 +36,22 @@ SCORE_MODES = ("trace", "row", "raw", "random", "energy-high", "energy-low", "un
 
 def past_key(layer: int) -> str:
     """Input: the key cache of a layer."""
-    return f"past_key_values.{layer}.key"
+    return f"{PAST}{layer}.key"
 
 
 def past_value(layer: int) -> str:
     """Input: the value cache of a layer."""
-    return f"past_key_values.{layer}.value"
+    return f"{PAST}{layer}.value"
 
 
 def present_key(layer: int) -> str:
     """Output: the key cache of a layer with the new rows written."""
-    return f"present.{layer}.key"
+    return f"{PRESENT}{layer}.key"
 
 
 def present_value(layer: int) -> str:
     """Output: the value cache of a layer with the new rows written."""
-    return f"present.{layer}.value"
+    return f"{PRESENT}{layer}.value"
 
 
 def tap(layer: int) -> str:

@@ -12,7 +12,6 @@ A state asks several questions about one image without running it again:
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -28,7 +27,7 @@ from runtime.engines.onnxruntime import ThreadPool
 from runtime.errors import ContextLengthError, EntropyPruneError, UsageError
 from runtime.generation import Generation, Stopwatch
 from runtime.manifest import Manifest, check_files, read_manifest
-from runtime.prompt import GENERATION_FILE, ImageSource, Message, Prompt, PromptBuilder
+from runtime.prompt import GENERATION_FILE, ImageSource, Message, Prompt, PromptBuilder, read_object
 from runtime.sampling import GenerationConfig, Sampler
 from runtime.state import PrefixCache, PromptState
 
@@ -78,7 +77,7 @@ class VisionLanguageModel:
         self.bundle, self.manifest = bundle, manifest
         self.prompts = PromptBuilder(bundle, manifest)
         self.chain = EngineChain(bundle, manifest, threads)
-        self.defaults = GenerationConfig.from_json(json.loads((bundle / GENERATION_FILE).read_text(encoding="utf-8")))
+        self.defaults = GenerationConfig.from_json(read_object(bundle / GENERATION_FILE))
         self.cache = PrefixCache(cache_bytes)
         self.lock = threading.Lock()  # guards the cache and who uses which conversation, never held while engines run
 

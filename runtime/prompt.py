@@ -76,7 +76,7 @@ class PromptBuilder:
         self.tokenizer = Tokenizer.from_file(bundle / TOKENIZER_FILE)
         self.image_processor = ImageProcessor.from_file(bundle / PREPROCESSOR_FILE)
         self._template = ChatTemplate(_read(bundle / TEMPLATE_FILE))
-        self.special_tokens: dict[str, str] = json.loads(_read(bundle / SPECIAL_TOKENS_FILE))
+        self.special_tokens = read_object(bundle / SPECIAL_TOKENS_FILE)
 
     def prepare(self, source: ImageSource) -> PreparedImage:
         """Loads and preprocesses an image (a prepared one is returned as it is).
@@ -128,6 +128,21 @@ def combined_seed(seeds: Sequence[int]) -> int:
     for seed in seeds:
         combined = (combined * 1_000_003 + seed) % (2**31 - 1)
     return combined
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object among a bundle's files.
+
+    Raises:
+        BundleError: it is missing, or holds something else.
+    """
+    try:
+        value = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path.name} is not valid JSON ({error}): export the bundle again") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path.name} must hold a JSON object, not {type(value).__name__}: export the bundle again")
+    return value
 
 
 def _read(path: Path) -> str:

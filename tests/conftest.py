@@ -8,8 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.site import Refused, Site
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,3 +61,19 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     output = tmp_path_factory.mktemp("shared") / "bundle"
     build_bundle(make_plan(BuildOptions("llava15", checkpoint=str(tiny_checkpoint), keep=(4, 2), split_layer=2, max_context=512)), output)
     return output
+
+
+@pytest.fixture
+def site(tmp_path: Path, tiny_checkpoint: Path, tiny_bundle: Path) -> Site:
+    """A folder with copies of `tiny_checkpoint` and `tiny_bundle`, and an image."""
+    from tests.site import Site
+
+    return Site.make(tmp_path / "site", tiny_checkpoint, tiny_bundle)
+
+
+@pytest.fixture
+def refused(site: Site, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """`refused(module, argv, message)`: runs a command that must fail with one line and change nothing in `site`."""
+    from tests.site import Refused
+
+    return Refused(site, capfd)

@@ -17,10 +17,14 @@ import onnxruntime as ort
 
 from runtime.errors import EngineError
 from runtime.kv_cache import KVGroup
-from runtime.manifest import GraphInfo
+from runtime.manifest import GraphInfo, TensorInfo
+from runtime.names import PAST, PRESENT
 
 _log = logging.getLogger(__name__)
-_PAST, _PRESENT = "past_key_values.", "present."
+_DTYPES = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64",
+    "tensor(int32)": "int32", "tensor(bool)": "bool",
+}  # fmt: skip
 
 
 class ThreadPool:
@@ -67,7 +71,7 @@ class OnnxRuntimeEngine:
             ) from error
         self.name = path.stem
         self._check(graph)
-        self._cache_names = [i.name for i in graph.inputs if i.name.startswith(_PAST)]
+        self._cache_names = [i.name for i in graph.inputs if i.name.startswith(PAST)]
         self._bindings: WeakKeyDictionary[KVGroup, tuple[int, ort.IOBinding]] = WeakKeyDictionary()
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], cache: KVGroup | None = None) -> list[np.ndarray]:
@@ -95,7 +99,7 @@ class OnnxRuntimeEngine:
             value = ort.OrtValue.ortvalue_from_numpy(cache.buffers[name])  # wraps the buffer, does not copy it
             if known is None or known[0] != cache.generation:
                 binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(_PRESENT + name.removeprefix(_PAST), value)
+            binding.bind_ortvalue_output(PRESENT + name.removeprefix(PAST), value)
         return binding
 
     def _check(self, graph: GraphInfo) -> None:
@@ -103,8 +107,15 @@ class OnnxRuntimeEngine:
             ("input", graph.inputs, self._session.get_inputs()),
             ("output", graph.outputs, self._session.get_outputs()),
         ):
-            if [t.name for t in listed] != [t.name for t in actual]:
+            if len(listed) != len(actual) or not all(map(_fits, listed, actual)):
                 raise EngineError(f"{self.name}: its {kind}s are not those of the manifest; export the bundle again")
+
+
+def _fits(listed: TensorInfo, actual: ort.NodeArg) -> bool:
+    """Whether name, type, rank, and sizes known to both are the same."""
+    if (listed.name, listed.dtype, len(listed.shape)) != (actual.name, _DTYPES.get(actual.type), len(actual.shape)):
+        return False
+    return all(a == b for a, b in zip(listed.shape, actual.shape, strict=True) if isinstance(a, int) and isinstance(b, int))
 
 
 def _available_cores() -> int:

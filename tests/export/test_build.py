@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -77,7 +79,7 @@ def test_weights_lie_in_one_file_without_overlap_and_are_shared(tiny_bundle: Pat
             assert slices.setdefault(tensor.name, place) == place, "the same tensor twice"
     ordered = sorted(slices.values())
     assert all(offset % 64 == 0 for offset, _ in ordered)
-    assert all(offset + length <= after for (offset, length), (after, _) in zip(ordered, ordered[1:], strict=False))
+    assert all(offset + length <= after for (offset, length), (after, _) in itertools.pairwise(ordered))
     assert sum(ordered[-1]) == (tiny_bundle / "weights.fp32.bin").stat().st_size
 
 
@@ -102,7 +104,7 @@ def operators(models: Sequence[onnx.ModelProto]) -> set[str]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_graphs_use_only_operators_that_all_engines_share(mode: str, tmp_path: Path) -> None:
-    shape = {"kv_heads": 2, "attention_bias": True, "vision_activation": "gelu", "projector_activation": "quick_gelu"}
+    shape: dict[str, Any] = {"kv_heads": 2, "attention_bias": True, "vision_activation": "gelu", "projector_activation": "quick_gelu"}
     checkpoint = tiny_llava_checkpoint(tmp_path / "checkpoint", **(shape if mode in ("trace", "random") else {}))
     options = BuildOptions("llava15", checkpoint=str(checkpoint), keep=(2,), score_mode=mode, debug=mode == "raw")
     build_bundle(make_plan(options), tmp_path / "b")
@@ -177,7 +179,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint: Path, tmp
     assert main(command(tiny_checkpoint, tmp_path / "new" / "b", "--keep", "4,2", "--dry-run")) == 0
     captured = capsys.readouterr()
     assert captured.out == "dry run: nothing was written\n"
-    for words in ("4 layers of 64", "16 visual tokens", "keep 4 of 16 (average 10.0 over layers)", "keep 2 of 16", "1024 tokens", "1.1 MB in fp32"):
+    for words in (
+        "4 layers of 64",
+        "16 visual tokens",
+        "keep 4 of 16 (average 10.0 over layers)",
+        "keep 2 of 16",
+        "1024 tokens",
+        "1.1 MB in fp32",
+    ):
         assert words in captured.err
     assert list(tmp_path.iterdir()) == []
 
