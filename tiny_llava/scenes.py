@@ -66,10 +66,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What scenes are drawn from: digit bitmaps by class (each [n, 26, 26] uint8) and RGB photographs."""
+    """What scenes are drawn from: digit bitmaps by class (each [n, 26, 26] uint8) and RGB photographs.
+
+    `augment` (training only) turns, slants and scales the digits a little, and adds blobs to the grounds.
+    """
 
     digits: tuple[np.ndarray, ...]
     photos: tuple[np.ndarray, ...]
+    augment: bool = False
 
 
 def load_sources(mnist_dir: Path, split: str) -> Sources:
@@ -85,7 +89,7 @@ def load_sources(mnist_dir: Path, split: str) -> Sources:
     # The digit fills the middle 20 x 20 of 28 x 28; crop to 22 and enlarge to 26, so that it fills its cell.
     large = np.stack([np.asarray(Image.fromarray(i[3:25, 3:25]).resize((26, 26), Image.Resampling.BILINEAR)) for i in images])
     photos = tuple(_photo(name) for name in (TRAIN_PHOTOS if split == "train" else HELDOUT_PHOTOS))
-    return Sources(tuple(large[labels == d] for d in range(10)), photos)
+    return Sources(tuple(large[labels == d] for d in range(10)), photos, augment=split == "train")
 
 
 def _photo(name: str) -> np.ndarray:
@@ -133,7 +137,22 @@ def render(things: tuple[Thing, ...], sources: Sources, rng: np.random.Generator
 
 def _digit_mask(thing: Thing, sources: Sources, rng: np.random.Generator) -> np.ndarray:
     bank = sources.digits[int(thing.name)]
-    return np.minimum(bank[rng.integers(len(bank))] / 255.0 * 1.15, 1.0)
+    bitmap = bank[rng.integers(len(bank))]
+    if sources.augment and rng.random() < 0.75:
+        bitmap = _bent(bitmap, rng)
+    return np.minimum(bitmap / 255.0 * 1.15, 1.0)
+
+
+def _bent(bitmap: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A digit turned by about 7 degrees, slanted and scaled by some percent, around its middle."""
+    angle, slant = rng.normal(0, 0.12), rng.normal(0, 0.1)
+    wide, high = 1 / (1 + rng.normal(0, 0.06, 2))
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    matrix = turn @ np.array([[wide, slant], [0, high]])
+    middle = (np.array(bitmap.shape) - 1) / 2
+    offset = middle - matrix @ middle
+    affine = (matrix[0, 0], matrix[0, 1], offset[0], matrix[1, 0], matrix[1, 1], offset[1])
+    return np.asarray(Image.fromarray(bitmap).transform(bitmap.shape, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR))
 
 
 def _shape_mask(name: str, rng: np.random.Generator) -> np.ndarray:
@@ -163,6 +182,8 @@ def _background(sources: Sources, rng: np.random.Generator) -> np.ndarray:
     makers: tuple[Callable[..., np.ndarray], ...] = (_photo_crop, _clouds, _gradient, _stripes, _flat)
     maker = makers[rng.choice(len(makers), p=(0.4, 0.25, 0.12, 0.13, 0.1))]
     image = maker(sources, rng)
+    if sources.augment and rng.random() < 0.35:
+        image = image + _blobs(rng)
     # Dim and soften, so that the objects' colours can be told apart: mean level 15 to 90, spread at most 22.
     image = image - image.mean((0, 1), keepdims=True)
     image *= min(1.0, rng.uniform(5, 22) / (image.std() + 1e-6))
@@ -199,6 +220,20 @@ def _stripes(sources: Sources, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.4:  # a checker pattern
         wave = wave * np.sin((x * np.sin(angle) - y * np.cos(angle)) * 2 * np.pi / period)
     return np.sign(wave)[..., None] * rng.normal(0, 30, 3) if rng.random() < 0.5 else wave[..., None] * rng.normal(0, 30, 3)
+
+
+def _blobs(rng: np.random.Generator) -> np.ndarray:
+    """Dots, discs and rings of any size and dull colour: what must not be taken for an object."""
+    layer = Image.new("RGB", (SIZE, SIZE))
+    draw = ImageDraw.Draw(layer)
+    largest = rng.choice((3, 12, 60))
+    for _ in range(int(rng.integers(1, 4 if largest > 12 else 40))):
+        x, y = rng.uniform(0, SIZE, 2)
+        width, height = rng.uniform(0.3, 1.0, 2) * largest
+        color = tuple(int(v) for v in np.clip(rng.uniform(20, 200) + rng.normal(0, 25, 3), 0, 255))
+        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        draw.ellipse(box, outline=color, fill=color if rng.random() < 0.7 else None)
+    return np.asarray(layer, np.float64) * rng.choice((-1.0, 1.0))
 
 
 def _flat(sources: Sources, rng: np.random.Generator) -> np.ndarray:
