@@ -64,7 +64,9 @@ def verify(
         "checks": [{**dataclasses.asdict(c), "passed": c.passed} for c in checks],
         "selection": selection,
         "bundle": {
-            "model": model.manifest.model, "split_layer": model.manifest.split_layer, "budgets": model.manifest.budgets,
+            "model": model.manifest.model,
+            "split_layer": model.manifest.split_layer,
+            "budgets": model.manifest.budgets,
             "manifest_sha256": sha256_of(model.bundle / MANIFEST_FILE),
         },
         **_where(),

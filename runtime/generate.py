@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.command_line import CommandParser, run_command
-from runtime.generation import Generation
 
 if TYPE_CHECKING:
+    from runtime.generation import Generation
     from runtime.pipeline import VisionLanguageModel
 
 
