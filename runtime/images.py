@@ -75,9 +75,9 @@ def image_hash(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def image_seed(image: Image.Image) -> int:
-    """A seed in 0..2^31 - 1 that depends on nothing but the image's size and pixels."""
-    return int(image_hash(image)[:8], 16) & 0x7FFFFFFF
+def image_seed(digest: str) -> int:
+    """A seed in 0..2^31 - 1 from an image's `image_hash`: it depends on nothing but the image's size and pixels."""
+    return int(digest[:8], 16) & 0x7FFFFFFF
 
 
 @dataclass(frozen=True, slots=True)

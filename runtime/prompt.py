@@ -87,7 +87,8 @@ class PromptBuilder:
         if isinstance(source, PreparedImage):
             return source
         image = load_image(source)
-        return PreparedImage(self.image_processor(image), image_hash(image), image_seed(image))
+        digest = image_hash(image)
+        return PreparedImage(self.image_processor(image), digest, image_seed(digest))
 
     def build(self, messages: str | Sequence[Message], images: Sequence[ImageSource], *, answer: bool = True) -> Prompt:
         """Prepares a prompt.
@@ -100,8 +101,10 @@ class PromptBuilder:
         """
         parts = normalize_messages(messages, len(images), text_needed=answer)
         text = self._template.render(parts, add_generation_prompt=answer, **self.special_tokens)
+        hidden = self.tokenizer.mask(parts)
+        masked = None if hidden is None else self._template.render(hidden, add_generation_prompt=answer, **self.special_tokens)
         per_image = self._manifest.geometry.visual_tokens
-        ids = self.tokenizer.encode(text, self._manifest.image_token_id, [per_image] * len(images))
+        ids = self.tokenizer.encode(text, self._manifest.image_token_id, [per_image] * len(images), masked=masked)
         prepared = tuple(self.prepare(source) for source in images)
         return Prompt(ids, tuple(parts), prepared, _groups(ids, parts, prepared, per_image))
 

@@ -72,14 +72,14 @@ class OnnxRuntimeEngine:
         self.name = path.stem
         self._check(graph)
         self._cache_names = [i.name for i in graph.inputs if i.name.startswith(PAST)]
-        self._bindings: WeakKeyDictionary[KVGroup, tuple[int, ort.IOBinding]] = WeakKeyDictionary()
+        self._bindings: WeakKeyDictionary[KVGroup, tuple[int, dict[tuple[str, ...], ort.IOBinding]]] = WeakKeyDictionary()
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], cache: KVGroup | None = None) -> list[np.ndarray]:
-        binding = self._binding(cache) if cache is not None else self._session.io_binding()
+        binding = self._binding(cache, tuple(outputs)) if cache is not None else self._session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
         for name in outputs:
-            binding.bind_output(name)
+            binding.bind_output(name)  # anew each time: the shape may differ
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # as above
@@ -87,20 +87,19 @@ class OnnxRuntimeEngine:
         values = binding.get_outputs()
         return [v.numpy() for v in values[-len(outputs) :]]
 
-    def _binding(self, cache: KVGroup) -> ort.IOBinding:
-        known = self._bindings.get(cache)
-        if known is not None and known[0] == cache.generation:
-            known[1].clear_binding_outputs()
-            binding = known[1]
-        else:
-            binding = self._session.io_binding()
-            self._bindings[cache] = (cache.generation, binding)
-        for name in self._cache_names:
-            value = ort.OrtValue.ortvalue_from_numpy(cache.buffers[name])  # wraps the buffer, does not copy it
-            if known is None or known[0] != cache.generation:
-                binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(PRESENT + name.removeprefix(PAST), value)
-        return binding
+    def _binding(self, cache: KVGroup, outputs: tuple[str, ...]) -> ort.IOBinding:
+        """The cache's buffers bound as inputs and as outputs; kept for each set of outputs until the cache grows."""
+        generation, bindings = self._bindings.get(cache, (-1, {}))
+        if generation != cache.generation:
+            bindings = {}
+            self._bindings[cache] = (cache.generation, bindings)
+        if outputs not in bindings:
+            bindings[outputs] = self._session.io_binding()
+            for name in self._cache_names:
+                value = ort.OrtValue.ortvalue_from_numpy(cache.buffers[name])  # wraps the buffer, does not copy it
+                bindings[outputs].bind_ortvalue_input(name, value)
+                bindings[outputs].bind_ortvalue_output(PRESENT + name.removeprefix(PAST), value)
+        return bindings[outputs]
 
     def _check(self, graph: GraphInfo) -> None:
         for kind, listed, actual in (
