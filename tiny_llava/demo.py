@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
         wrong += result.text != item["answer"]
         mark = "right" if result.text == item["answer"] else f"WRONG, should be {item['answer']!r}"
         print(f"  {item['question']:<28} {result.text:<12} {mark}; {result.kept_tokens} of {result.visual_tokens} visual tokens kept")
-        draw_selection(model, DEMO_IMAGE, result).save(args.output / "kept.png") if number == 1 else None
+        draw_selection(model, DEMO_IMAGE, result, item["question"]).save(args.output / "kept.png") if number == 1 else None
     print(f"\nLatency in ms, median (p90) of {RUNS} interleaved runs, one prompt with one image")
     print(_latency_table(model, manifest.budgets[0]))
     print("\nWhere everything is")
