@@ -65,7 +65,7 @@ class Selection:
         return self.visual_tokens - len(self.kept_indices)
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False)
 class Conversation:
     """Two cache groups of different lengths, and what they hold: `token_ids` [pre.length], one `Selection` per image group."""
 

@@ -110,7 +110,8 @@ def test_an_interrupted_answer_ends_in_one_line(site: Site, capfd: pytest.Captur
 
 # A build that says "half way" at its 40th tensor and waits for a line on stdin.
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from export import build
 from export.weights import WeightFile
 add, count = WeightFile.add, 0

@@ -13,7 +13,10 @@ from export.build import build_bundle
 from export.eager import EagerPrunedLlava
 from export.parity import Check, compare_prompt, negative_controls, relative_error, selection_quality
 from export.plan import BuildOptions, make_plan
+from export.tolerances import RELATIVE
 from export.verify import synthetic_images, verify
+from runtime import names
+from runtime.generation import Stopwatch
 from runtime.pipeline import VisionLanguageModel, load
 from tests.models import tiny_llava_checkpoint
 
@@ -57,6 +60,26 @@ def test_chain_equals_eager_pruned_model(case: Case, tmp_path: Path) -> None:
     assert [c["name"] for c in report["checks"] if not c["passed"]] == []
     if model.manifest.geometry.visual_tokens >= 4:
         assert sum(c["must_fail"] for c in report["checks"]) == (3 if case.split_layer < 3 else 2)
+
+
+def test_debug_outputs_are_every_layers_hidden_states_and_every_rows_logits(tmp_path: Path) -> None:
+    """Runs both halves over a pruned prompt by hand; a tap taken one layer too late must not agree."""
+    checkpoint = tiny_llava_checkpoint(tmp_path / "checkpoint", seed=3, image_size=56)
+    build_bundle(make_plan(BuildOptions("llava15", checkpoint=str(checkpoint), keep=(6,), split_layer=2, debug=True)), tmp_path / "bundle")
+    chain, kept = load(tmp_path / "bundle").chain, np.array([0, 3, 4, 9, 12, 15])
+    prompt = load(tmp_path / "bundle").prompts.build("hello", synthetic_images(1, 56))
+    ids, rows = prompt.ids.input_ids, np.flatnonzero(prompt.ids.visual_mask)
+    expected = EagerPrunedLlava(checkpoint, 2, None).prefill(_ids(prompt), _pixels(prompt), kept_indices=kept)
+    conversation, positions = chain.new_conversation(len(ids), len(ids)), np.arange(len(ids))
+    embeds = chain.embed(ids, rows, prompt.pixel_values, Stopwatch())
+    taps = chain.run_half(names.PRE_ECL, embeds, positions, conversation.pre, [names.tap(0), names.tap(1)])
+    stays = np.setdiff1d(positions, np.delete(rows, kept))
+    hidden = np.ascontiguousarray(taps[1][:, stays])
+    taps += chain.run_half(names.POST_ECL, hidden, positions[stays], conversation.post, [names.tap(2), names.tap(3), names.ALL_LOGITS])
+    for layer in range(4):
+        assert relative_error(taps[layer][0], expected.layer_states[layer]) <= RELATIVE["hidden_states", "fp32"]
+    assert relative_error(taps[4][0], expected.logits) <= RELATIVE["logits", "fp32"]
+    assert relative_error(taps[3][0], expected.layer_states[2]) > 1e-2
 
 
 def test_ladder_sees_a_wrong_weight(tmp_path: Path) -> None:
