@@ -71,21 +71,24 @@ def table(results: dict[str, Counts]) -> str:
 
 
 def shipped_results(questions: Sequence[HeldoutQuestion], folder: Path) -> dict[str, Counts]:
-    """The settings that the model's record reports."""
+    """The settings that the model's record reports: the default, a random choice at the same place, and one right after layer 0."""
     from export.build import build_bundle
     from export.plan import BuildOptions, make_plan
 
-    build_bundle(make_plan(BuildOptions("tiny-llava")), folder / "default")
-    model = load(folder / "default")
-    keep = model.manifest.budgets[0]
-    random_keep = round(RANDOM_SHARE * model.manifest.geometry.visual_tokens)
-    build_bundle(
-        make_plan(BuildOptions("tiny-llava", keep=(random_keep,), split_layer=RANDOM_SPLIT, score_mode="random")), folder / "random"
-    )
+    def built(name: str, options: BuildOptions) -> VisionLanguageModel:
+        build_bundle(make_plan(options), folder / name)
+        return load(folder / name)
+
+    model = built("default", BuildOptions("tiny-llava"))
+    keep, split = model.manifest.budgets[0], model.manifest.split_layer
+    few = round(RANDOM_SHARE * model.manifest.geometry.visual_tokens)
+    random = built("random", BuildOptions("tiny-llava", keep=(keep,), split_layer=split, score_mode="random"))
+    early = built("early", BuildOptions("tiny-llava", keep=(few,), split_layer=RANDOM_SPLIT, score_mode="random"))
     return {
         "unpruned": evaluate(model, questions, "all"),
-        f"{model.manifest.score_mode} K={model.manifest.split_layer} keep {keep}": evaluate(model, questions, keep),
-        f"random K={RANDOM_SPLIT} keep {random_keep}": evaluate(load(folder / "random"), questions, None),
+        f"{model.manifest.score_mode} K={split} keep {keep}": evaluate(model, questions, keep),
+        f"random K={split} keep {keep}": evaluate(random, questions, None),
+        f"random K={RANDOM_SPLIT} keep {few}": evaluate(early, questions, None),
         "blank image": evaluate(model, questions, "all", blank=True),
     }
 
