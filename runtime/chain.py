@@ -15,7 +15,7 @@ from runtime import names
 from runtime.conversation import Conversation, ImageGroup, ImageSpan, Selection
 from runtime.engines.base import Engine
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
-from runtime.errors import BundleError, UsageError
+from runtime.errors import BundleError, UsageError, shown
 from runtime.generation import Stopwatch
 from runtime.kv_cache import KVGroup
 from runtime.manifest import Manifest
@@ -129,15 +129,15 @@ class EngineChain:
         budgets, n = self.manifest.budgets, self.manifest.geometry.visual_tokens
         if keep is None:
             return budgets[0]
-        if keep == "all":
+        if isinstance(keep, str) and keep == "all":
             return None
-        if keep not in (*budgets, n):  # n prunes nothing of one image
+        if not isinstance(keep, (int, np.integer)) or isinstance(keep, bool) or keep not in (*budgets, n):  # n prunes nothing of one image
             raise self._no_such_budget(keep)
         return int(keep)
 
-    def _no_such_budget(self, keep: int | str) -> UsageError:
-        budgets = ", ".join(map(str, self.manifest.budgets))
-        return UsageError(f"this bundle holds the budgets {budgets} and all, not {keep}: export it with --keep {keep}")
+    def _no_such_budget(self, keep: object) -> UsageError:
+        budgets, wanted = ", ".join(map(str, self.manifest.budgets)), keep if isinstance(keep, str) and len(keep) < 20 else shown(keep)
+        return UsageError(f"this bundle holds the budgets {budgets} and all, not {wanted}: export it with --keep {wanted}")
 
     # ------------------------------------------------------------ the stages
 
@@ -189,6 +189,9 @@ def _check_tables(manifest: Manifest) -> None:
     missing = [name for name in (names.VISION, names.PRE_ECL, names.POST_ECL) if name not in manifest.graphs]
     if missing:
         raise BundleError(f"the manifest has no graph {missing[0]}: export the bundle again")
+    tensors = sum(len(graph.inputs) for graph in manifest.graphs.values())
+    if g.layers > tensors:  # before a table is made of them
+        raise BundleError(f"the graphs have no caches for {g.layers} layers: export the bundle again")
     for name, layers in ((names.PRE_ECL, range(k)), (names.POST_ECL, range(k, g.layers))):
         wanted = {tensor: (1, g.kv_heads, g.head_size) for i in layers for tensor in (names.past_key(i), names.past_value(i))}
         listed = {t.name: (*t.shape[:2], *t.shape[3:]) for t in manifest.graphs[name].inputs if t.name.startswith(names.PAST)}

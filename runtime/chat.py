@@ -22,7 +22,8 @@ import numpy.typing as npt
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from runtime.errors import BundleError, InputError
+from runtime.errors import BundleError, InputError, shown
+from runtime.typed_tokens import TypedTokens
 
 ROLES = ("system", "user", "assistant")
 
@@ -48,7 +49,7 @@ def normalize_messages(
         raise InputError(f"a prompt must be a text or a list of messages, not {type(prompt_or_messages).__name__}")
     messages = [_message(message, f"message {number}") for number, message in enumerate(prompt_or_messages, 1)]
     parts = [part for message in messages for part in message["content"]]
-    if not parts or text_needed and not any(part["type"] == "text" and part["text"].strip() for part in parts):
+    if not parts or (text_needed and not any(part["type"] == "text" and part["text"].strip() for part in parts)):
         raise InputError("the prompt is empty: write a question or an instruction")
     placed = sum(part["type"] == "image" for part in parts)
     if placed != image_count:
@@ -131,6 +132,7 @@ class Tokenizer:
         core.no_truncation()
         core.no_padding()
         self._core = core
+        self._typed = TypedTokens(core)
         self._special_ids = frozenset(number for number, token in core.get_added_tokens_decoder().items() if token.special)
         plain, marked = core.encode("a", add_special_tokens=False).ids, core.encode("a").ids
         begins = [i for i in range(len(marked)) if marked[i : i + len(plain)] == plain]
@@ -153,7 +155,11 @@ class Tokenizer:
             raise BundleError(f"{path} is not a tokenizer this version reads ({_one_line(error)}): export the bundle again") from error
         return cls(core)
 
-    def encode(self, text: str, image_token_id: int, visual_tokens_per_image: Sequence[int]) -> PromptIds:
+    def mask(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        """Messages to render a second time, for `encode`; None where no text can hold a special token."""
+        return self._typed.mask(messages)
+
+    def encode(self, text: str, image_token_id: int, visual_tokens_per_image: Sequence[int], *, masked: str | None = None) -> PromptIds:
         """Token ids of a rendered prompt, each image placeholder expanded.
 
         What the tokenizer puts at the beginning (`<s>`) is added unless the text already begins with it.
@@ -162,6 +168,8 @@ class Tokenizer:
             text: from `ChatTemplate.render`.
             image_token_id: the placeholder's id.
             visual_tokens_per_image: for each image, how many visual tokens it gives.
+            masked: the same prompt rendered from what `mask` gave. Special tokens that stand in the messages themselves are then plain
+                characters; without it, they are obeyed.
 
         Raises:
             InputError: the placeholders are not as many as the images, or the text is not Unicode.
@@ -170,7 +178,7 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError("the prompt holds half a surrogate pair, which is not a character: pass valid Unicode text") from error
-        ids = np.array(self._encode(text), np.int64)
+        ids = np.array(self._encode(text, masked), np.int64)
         placeholders = ids == image_token_id
         found, images = int(placeholders.sum()), len(visual_tokens_per_image)
         if found != images:
@@ -197,11 +205,17 @@ class Tokenizer:
         """Whether it is a control token (end of text, image placeholder), which `decode` leaves out."""
         return token_id in self._special_ids
 
-    def _encode(self, text: str) -> list[int]:
-        plain = self._core.encode(text, add_special_tokens=False).ids
-        if self._prefix and plain[: len(self._prefix)] == self._prefix:
-            return plain
-        return self._core.encode(text).ids
+    def _encode(self, text: str, masked: str | None) -> list[int]:
+        def encode(add_special_tokens: bool) -> list[int]:
+            if typed:
+                return self._typed.encode(masked or "", add_special_tokens)
+            ids: list[int] = self._core.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+
+        typed = masked is not None and self._typed.differ(text, masked)
+        plain = encode(False)
+        begun = bool(self._prefix) and plain[: len(self._prefix)] == self._prefix
+        return plain if begun else encode(True)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -216,15 +230,15 @@ class _Generation(jinja2.ext.Extension):
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        got = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
+        got = shown(sorted(map(str, message))) if isinstance(message, Mapping) else type(message).__name__
         raise InputError(f"{where} must be an object with role and content and nothing else, got {got}")
-    if message["role"] not in ROLES:
-        raise InputError(f"{where}: the role is {message['role']!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(message["role"], str) or message["role"] not in ROLES:
+        raise InputError(f"{where}: the role is {shown(message['role'])}, expected one of {', '.join(ROLES)}")
     content = message["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or not content:
-        raise InputError(f"{where}: the content must be a text or a list of parts that is not empty, got {content!r:.60}")
+        raise InputError(f"{where}: the content must be a text or a list of parts that is not empty, got {shown(content)}")
     return {"role": message["role"], "content": [_part(part, where) for part in content]}
 
 
@@ -235,7 +249,7 @@ def _part(part: Any, where: str) -> dict[str, str]:
         return {"type": "text", "text": part["text"]}
     raise InputError(
         f'{where}: a part must be {{"type": "text", "text": "..."}} or {{"type": "image"}} (images are passed beside the messages), '
-        f"got {_one_line(part):.80}"
+        f"got {shown(part)}"
     )
 
 

@@ -6,6 +6,8 @@ got, what was expected and how to fix it. Command lines turn them into one line 
 
 from __future__ import annotations
 
+import reprlib
+
 
 class EntropyPruneError(Exception):
     """Base of all errors raised on purpose."""
@@ -41,3 +43,11 @@ class ContextLengthError(InputError):
 
 class EngineError(EntropyPruneError, RuntimeError):
     """An engine library is missing, or refused a graph or a run."""
+
+
+def shown(value: object) -> str:
+    """What was got, for a message: one short line, whatever it is (nested too deeply, a number of a thousand digits)."""
+    try:
+        return " ".join(reprlib.repr(value).split())[:80]
+    except (ValueError, RecursionError):  # integers beyond Python's limit of digits
+        return f"a value of type {type(value).__name__}"

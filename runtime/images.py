@@ -21,10 +21,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from runtime.errors import BundleError, InputError, UsageError
+from runtime.errors import BundleError, InputError, UsageError, shown
 
 MAX_PIXELS = 64_000_000
 """Largest image decoded from a file, and largest intermediate image of a resize, in pixels (192 MB as RGB)."""
+
+MAX_SIDE = 8_000
+"""Largest side, in pixels, that a bundle may resize or crop images to."""
 
 # Readers that decode in this process; others (EPS) start outside programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF")
@@ -97,10 +100,12 @@ class ImageProcessor:
 
     def __post_init__(self) -> None:
         sides = [s for s in (self.shortest_edge, *(self.resize_size or ()), *(self.crop_size or ())) if s is not None]
-        if any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sides) or (self.shortest_edge and self.resize_size):
-            raise BundleError(f"the image processor's sizes {sides} are not usable: check preprocessor_config.json and export again")
+        if any(not isinstance(s, int) or isinstance(s, bool) or not 1 <= s <= MAX_SIDE for s in sides) or (
+            self.shortest_edge and self.resize_size
+        ):
+            raise BundleError(f"the image processor's sizes {shown(sides)} are not usable: check preprocessor_config.json and export again")
         if self.resample not in [int(method) for method in Image.Resampling]:
-            raise BundleError(f"unknown resample {self.resample!r}, expected 0 to 5: check preprocessor_config.json and export again")
+            raise BundleError(f"unknown resample {shown(self.resample)}, expected 0 to 5: check preprocessor_config.json and export again")
         if (self.mean is None) != (self.std is None) or not all(self.std or (1.0,)):
             raise BundleError("image_mean and image_std must both be given, without a zero std: check preprocessor_config.json")
 
@@ -133,7 +138,7 @@ class ImageProcessor:
         given = {key: value for key, value in config.items() if value is not None}
         kind = given.get("image_processor_type", given.get("feature_extractor_type"))
         if kind not in ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"):
-            raise BundleError(f"image_processor_type is {kind!r}; only CLIPImageProcessor is implemented: export a model that uses it")
+            raise BundleError(f"image_processor_type is {shown(kind)}; only CLIPImageProcessor is implemented: export a model that uses it")
         if given.get("do_pad"):
             raise BundleError("the image processor asks for do_pad, which is not implemented: export a model without it")
         shortest, fixed = _resize_target(given.get("size", 224)) if given.get("do_resize", True) else (None, None)
@@ -227,6 +232,7 @@ def _from_file(name: str) -> Image.Image:
     if _URL.match(name):
         raise InputError(f"{name:.80} is a URL: download the image first and give its path")
     path = Path(name)
+    name = "".join(character if character.isprintable() else "?" for character in name[:300])
     try:
         if not path.exists():
             raise InputError(f"there is no image {name}: check the path")
@@ -242,12 +248,12 @@ def _from_file(name: str) -> Image.Image:
     Image.init()
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # readers warn of damaged metadata, which is not used
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(path, formats=[f for f in _FORMATS if f in Image.OPEN])
-        with opened as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(too_large)
-            return _upright(_to_rgb(image, name), image)
+            with Image.open(path, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise InputError(too_large)
+                return _upright(_to_rgb(image, name), image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(too_large) from error
     except UnidentifiedImageError as error:
@@ -302,6 +308,8 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
         )
     if not array.size:
         raise InputError(f"the image array has no pixels (shape {list(array.shape)})")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise InputError(f"an array of shape {list(array.shape)} has more than {MAX_PIXELS // 10**6} megapixels: scale it down first")
     flat = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
     return _to_rgb(Image.fromarray(np.ascontiguousarray(flat)), "the image array")
 
@@ -324,17 +332,17 @@ def _height_width(size: Any, name: str) -> tuple[int, int]:
         return size, size
     if isinstance(size, Mapping) and {"height", "width"} <= set(size) and not {"longest_edge", "max_height"} & set(size):
         return size["height"], size["width"]
-    raise BundleError(f"the image processor's {name} {size!r} is not implemented: expected a shortest edge, or height and width")
+    raise BundleError(f"the image processor's {name} {shown(size)} is not implemented: expected a shortest edge, or height and width")
 
 
 def _triple(values: Any, name: str) -> tuple[float, float, float]:
     if not isinstance(values, (list, tuple)) or len(values) != 3:
-        raise BundleError(f"the image processor's {name} must be three numbers, got {values!r:.80}")
+        raise BundleError(f"the image processor's {name} must be three numbers, got {shown(values)}")
     red, green, blue = (float(_number(value, name)) for value in values)
     return red, green, blue
 
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BundleError(f"the image processor's {name} must be numeric, got {value!r:.80}")
+        raise BundleError(f"the image processor's {name} must be numeric, got {shown(value)}")
     return value

@@ -20,6 +20,7 @@ from runtime.names import MANIFEST_FILE, SCORE_MODES, score_graph
 
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_CONTEXT = 1 << 24
 MAX_NAME = 200
 
 
@@ -112,12 +113,17 @@ class Manifest:
         if not 1 <= self.schema_version <= SCHEMA_VERSION:
             raise BundleError(f"schema_version {self.schema_version} is outside 1..{SCHEMA_VERSION}: export the bundle again")
         _check_positive("max_context", self.max_context)
+        if self.max_context > MAX_CONTEXT or self.geometry.visual_tokens > self.max_context:
+            raise BundleError(
+                f"an image has {self.geometry.visual_tokens} visual tokens in a context of {self.max_context}; a context holds an image "
+                f"and at most {MAX_CONTEXT} tokens: export the bundle again"
+            )
         if self.image_token_id < 0:
             raise BundleError(f"image_token_id is {self.image_token_id}, expected 0 or more: export the bundle again")
         if not 1 <= self.split_layer < self.geometry.layers:
             raise BundleError(f"split_layer {self.split_layer} is outside 1..{self.geometry.layers - 1}: export the bundle again")
         if self.score_mode not in SCORE_MODES:
-            raise BundleError(f"unknown score_mode {self.score_mode!r}: export the bundle again, or upgrade")
+            raise BundleError(f"unknown score_mode {self.score_mode!r:.60}: export the bundle again, or upgrade")
         missing = [b for b in self.budgets if score_graph(b) not in self.graphs]
         if missing or not self.budgets:
             raise BundleError(f"no score graph for the budgets {missing or '(none listed)'}: export the bundle again")

@@ -24,14 +24,15 @@ from runtime.chain import EngineChain
 from runtime.conversation import Conversation
 from runtime.detokenize import IncrementalDetokenizer, StopStrings
 from runtime.engines.onnxruntime import ThreadPool
-from runtime.errors import ContextLengthError, EntropyPruneError, UsageError
+from runtime.errors import ContextLengthError, EntropyPruneError, UsageError, shown
 from runtime.generation import Generation, Stopwatch
 from runtime.manifest import Manifest, check_files, read_manifest
-from runtime.prompt import GENERATION_FILE, ImageSource, Message, Prompt, PromptBuilder, read_object
+from runtime.prompt import GENERATION_FILE, ImageSource, Message, Prompt, PromptBuilder, image_list, read_object
 from runtime.sampling import GenerationConfig, Sampler
-from runtime.state import PrefixCache, PromptState
+from runtime.state import PrefixCache, PromptState, check_state
 
 Images = Sequence[ImageSource]
+MAX_THREADS = 1024
 MAX_RESERVE = 256  # tokens that a cache makes room for at first; it doubles when an answer grows beyond
 
 
@@ -57,11 +58,10 @@ def load(
         EngineError: the engine library refuses a graph.
         UsageError: an option is out of range.
     """
+    _check_options(threads, cache_bytes, check_hashes)
     path = Path(bundle)
     manifest = read_manifest(path)
     check_files(path, manifest, hashes=check_hashes)
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; give 1 or more, or leave it out for one per core")
     if shared_threads:
         ThreadPool.use(threads)
     return VisionLanguageModel(path, manifest, threads, cache_bytes)
@@ -112,6 +112,7 @@ class VisionLanguageModel:
     ) -> AnswerStream:  # fmt: skip
         """Like `generate`, piece by piece: iterate over the returned stream, then read its `result`."""
         config = self.defaults.override(**options)
+        check_state(state, self.manifest)
         if state is not None and keep is not None and self.chain.check_keep(keep) != state.keep:
             raise UsageError(f"the state was made with keep {state.keep or 'all'}, not {keep}: leave keep out, or prefill again")
         return AnswerStream(self, messages, images, state.keep if state else self.chain.check_keep(keep), state, config)
@@ -130,7 +131,7 @@ class VisionLanguageModel:
         _room(self.manifest, prompt, 1)
         conversation = self._begin(prompt, budget, MAX_RESERVE)
         self.chain.extend(conversation, prompt.ids.input_ids, prompt.groups, prompt.pixel_values, keep=budget)
-        return PromptState(prompt, budget, conversation)
+        return PromptState(prompt, budget, conversation, self.manifest)
 
     # ------------------------------------------------------------ for AnswerStream
 
@@ -200,7 +201,7 @@ class AnswerStream:
         watch = Stopwatch()
         with watch.stage("preprocess"):
             if state is not None:
-                messages, images = state.with_question(messages), (*state.images, *images)
+                messages, images = state.with_question(messages), (*state.images, *image_list(images))
             prompt = model.prompts.build(messages, images)
         allowed = _room(model.manifest, prompt, config.max_new_tokens)
         conversation = model.borrow(prompt, keep, state, min(allowed, MAX_RESERVE))
@@ -288,6 +289,15 @@ class _Answer:
             finish_reason=self._finish_reason,
             unscored_tokens=conversation.unscored_tokens,
         )
+
+
+def _check_options(threads: Any, cache_bytes: Any, check_hashes: Any) -> None:
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise UsageError(f"threads is {shown(threads)}; give 1 to {MAX_THREADS}, or leave it out for one per core")
+    if type(cache_bytes) is not int or cache_bytes < 0:
+        raise UsageError(f"cache_bytes is {shown(cache_bytes)}; give the bytes of caches to keep, 0 for none")
+    if type(check_hashes) is not bool:
+        raise UsageError(f"check_hashes is {shown(check_hashes)}; give True or False")
 
 
 def _room(manifest: Manifest, prompt: Prompt, wanted: int) -> int:

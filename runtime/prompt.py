@@ -16,7 +16,7 @@ from PIL import Image
 
 from runtime.chat import ChatTemplate, PromptIds, Tokenizer, normalize_messages
 from runtime.conversation import ImageGroup, ImageSpan
-from runtime.errors import BundleError
+from runtime.errors import BundleError, InputError
 from runtime.images import ImageProcessor, image_hash, image_seed, load_image
 from runtime.manifest import Manifest
 
@@ -99,6 +99,7 @@ class PromptBuilder:
         Raises:
             InputError: a message or image cannot be used.
         """
+        images = image_list(images)
         parts = normalize_messages(messages, len(images), text_needed=answer)
         text = self._template.render(parts, add_generation_prompt=answer, **self.special_tokens)
         hidden = self.tokenizer.mask(parts)
@@ -123,6 +124,17 @@ def _groups(ids: PromptIds, messages: Sequence[Message], images: Sequence[Prepar
         if spans:
             groups.append(ImageGroup(spans, combined_seed([image.seed for image in chosen])))
     return tuple(groups)
+
+
+def image_list(images: Any) -> tuple[ImageSource, ...]:
+    """The images of a prompt.
+
+    Raises:
+        InputError: something else than a list of them, one image by itself for instance.
+    """
+    if not isinstance(images, (list, tuple)):
+        raise InputError(f"images must be a list with one entry for each image, not {type(images).__name__}: write images=[image]")
+    return tuple(images)
 
 
 def combined_seed(seeds: Sequence[int]) -> int:

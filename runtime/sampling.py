@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import BundleError, EngineError, UsageError
+from runtime.errors import BundleError, EngineError, UsageError, shown
 
 # Entries of generation_config.json that would change the text and are not implemented, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -21,6 +21,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "force_words_ids": (), "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "sequence_bias": (), "forced_bos_token_id": (),
     "forced_eos_token_id": (), "exponential_decay_length_penalty": (), "dola_layers": (),
 }  # fmt: skip
+LARGEST = 1e30  # of temperatures and penalties, which divide and multiply float32 values
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "seed")
 
 
@@ -44,20 +45,22 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
-            raise UsageError(f"do_sample must be true or false, got {self.do_sample!r}")
+            raise UsageError(f"do_sample must be true or false, got {shown(self.do_sample)}")
         _check_integer("max_new_tokens", self.max_new_tokens, 1)
         _check_integer("top_k", self.top_k, 0, "; 0 keeps every token")
         if self.seed is not None:
             _check_integer("seed", self.seed, 0)
         _check_above_zero("temperature", self.temperature, "; for the most probable token at each step leave do_sample off")
         _check_above_zero("repetition_penalty", self.repetition_penalty, "; 1 changes nothing")
+        if self.repetition_penalty < 1 / LARGEST:
+            raise UsageError(f"repetition_penalty must be at least {1 / LARGEST:g}; 1 changes nothing: got {self.repetition_penalty!r}")
         _check_above_zero("top_p", self.top_p, " up to 1; 1 keeps every token")
         if self.top_p > 1:
-            raise UsageError(f"top_p must be a number above 0 up to 1; 1 keeps every token: got {self.top_p!r}")
+            raise UsageError(f"top_p must be a number above 0 up to 1; 1 keeps every token: got {shown(self.top_p)}")
         for token_id in self.eos_token_ids:
             _check_integer("each of eos_token_ids", token_id, 0)
         if any(type(stop) is not str or stop == "" for stop in self.stop_strings):
-            raise UsageError(f"stop_strings must be texts that are not empty: got {self.stop_strings!r}")
+            raise UsageError(f"stop_strings must be texts that are not empty: got {shown(self.stop_strings)}")
 
     @classmethod
     def from_json(cls, config: Any) -> GenerationConfig:
@@ -72,7 +75,7 @@ class GenerationConfig:
         for name, neutral in _NEUTRAL.items():
             if name in given and given[name] not in neutral:
                 raise BundleError(
-                    f"generation_config.json asks for {name} = {given[name]!r:.60}, which is not implemented: remove it there"
+                    f"generation_config.json asks for {name} = {shown(given[name])}, which is not implemented: remove it there"
                 )
         known = {field.name for field in dataclasses.fields(cls)} - {"seed", "eos_token_ids", "stop_strings"}
         values = {name: value for name, value in given.items() if name in known}
@@ -187,9 +190,11 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _check_integer(name: str, value: Any, least: int, hint: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} must be an integer of {least} or more{hint}: got {value!r}")
+        raise UsageError(f"{name} must be an integer of {least} or more{hint}: got {shown(value)}")
 
 
 def _check_above_zero(name: str, value: Any, hint: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-        raise UsageError(f"{name} must be a number above 0{hint}: got {value!r}")
+        raise UsageError(f"{name} must be a number above 0{hint}: got {shown(value)}")
+    if value > LARGEST:
+        raise UsageError(f"{name} must be a number above 0{hint}, and at most {LARGEST:g}: got {shown(value)}")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from runtime.conversation import Conversation
 from runtime.errors import UsageError
+from runtime.manifest import Manifest
 from runtime.prompt import Message, Prompt
 
 
@@ -22,11 +24,12 @@ class PromptState:
         messages: what was prefilled; a question is added to its last user message, or as a new one.
         images: its images, prepared; not to be passed again.
         keep: visual tokens kept, None for all; every question about the state uses it.
+        manifest: the bundle that the caches belong to.
     """
 
-    def __init__(self, prompt: Prompt, keep: int | None, conversation: Conversation) -> None:
+    def __init__(self, prompt: Prompt, keep: int | None, conversation: Conversation, manifest: Manifest) -> None:
         self.messages, self.images, self.keep = prompt.messages, prompt.images, keep
-        self.conversation = conversation
+        self.conversation, self.manifest = conversation, manifest
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +45,7 @@ class PromptState:
         """An independent copy, for asking in parallel."""
         other = PromptState.__new__(PromptState)
         other.messages, other.images, other.keep = self.messages, self.images, self.keep
-        other.conversation = self.conversation.clone()
+        other.conversation, other.manifest = self.conversation.clone(), self.manifest
         return other
 
     def with_question(self, messages: str | Sequence[Message]) -> Sequence[Message]:
@@ -54,6 +57,13 @@ class PromptState:
             last = {**self.messages[-1], "content": [*self.messages[-1]["content"], text]}
             return [*self.messages[:-1], last]
         return [*self.messages, {"role": "user", "content": [text]}]
+
+
+def check_state(state: Any, manifest: Manifest) -> None:
+    """Raises UsageError unless `state` is None or a state of this bundle."""
+    if state is not None and not (isinstance(state, PromptState) and state.manifest == manifest):
+        got = "one of another bundle" if isinstance(state, PromptState) else type(state).__name__
+        raise UsageError(f"state must be what this model's prefill gave, not {got}: prefill the messages with this model")
 
 
 class PrefixCache:

@@ -382,7 +382,7 @@ def test_engine_threads_are_started_once(tiny_bundle: Path, model: VisionLanguag
     assert caplog.messages == [f"the engine threads of this process were started as {size} and cannot become {size + 1}"]
     assert ThreadPool.size == size
     for threads in (0, -2):
-        with pytest.raises(UsageError, match=f"threads is {threads}; give 1 or more"):
+        with pytest.raises(UsageError, match=f"threads is {threads}; give 1 to 1024"):
             load(tiny_bundle, threads=threads)
 
 
