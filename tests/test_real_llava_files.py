@@ -1,4 +1,4 @@
-"""The published LLaVA-1.5's own tokenizer, chat template and image processor around a small decoder: the same prompt, pixels and answers."""
+"""LLaVA-1.5's published tokenizer, chat template and image processor around a small decoder: the same prompt, pixels and answers."""
 
 from __future__ import annotations
 
