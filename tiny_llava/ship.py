@@ -35,6 +35,8 @@ def write_checkpoint(state: Path, output: Path = CHECKPOINT) -> None:
     model.load_state_dict({k.removeprefix("llava."): v for k, v in saved.items() if k.startswith("llava.")})
     model.to(torch.bfloat16).save_pretrained(output)
     build_processor(tokenizer).save_pretrained(output)
+    for file in output.iterdir():
+        file.chmod(0o644)  # safetensors writes for its owner alone
 
 
 def write_heldout(mnist: Path, images: int, seed: int = 20_260_217) -> None:
