@@ -159,7 +159,8 @@ def _score_share(folder: Path, runs: int) -> dict[str, Any]:
         names.POSITION_IDS: np.arange(tokens).reshape(1, 1, -1),
         names.PAST_LENGTH: np.array([0]),
     }
-    rows: dict[str, np.ndarray] = {names.SCORE_STATES: rng.normal(size=(SEVEN_B_VISUAL, 4096)).astype(np.float32), names.HIDDEN_STATES: hidden[0, :SEVEN_B_VISUAL],
+    states = rng.normal(size=(SEVEN_B_VISUAL, 4096)).astype(np.float32)
+    rows: dict[str, np.ndarray] = {names.SCORE_STATES: states, names.HIDDEN_STATES: hidden[0, :SEVEN_B_VISUAL],
             names.POSITION_IDS: np.arange(SEVEN_B_VISUAL)[None]}  # fmt: skip
     pairs = []
     for run in range(runs + WARMUP):

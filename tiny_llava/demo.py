@@ -15,7 +15,7 @@ from runtime.command_line import run_command
 from tiny_llava.heldout import DEMO_FILE, DEMO_IMAGE
 
 RUNS = 15
-STAGES = ("vision", "embed", "pre_ecl", "score", "post_ecl")
+STAGES = ("preprocess", "vision", "embed", "pre_ecl", "score", "post_ecl")
 
 
 def build_parser() -> argparse.ArgumentParser:
