@@ -1,6 +1,7 @@
 """The chain at keep = N against transformers (sdpa, fp32) with the same weights: prefill and decode, in turn, on the same machine.
 
     python -m benchmarks.transformers                             # a random LLaVA of 576 visual tokens, 8 layers of 1024
+    python -m benchmarks.transformers --output DIR && python -m runtime.profile --bundle DIR/bundle
     python -m benchmarks.transformers --checkpoint tiny_llava/checkpoint --model tiny-llava
     python -m benchmarks.transformers --score                     # the score graph's time against LLaVA-1.5-7B's dense prefill
 
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transformers", description="The chain against transformers, side by side.")
     parser.add_argument("--checkpoint", help="Hugging Face checkpoint (default: a random one)")
     parser.add_argument("--model", default="llava15", help="its model in configs/models")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="keep the checkpoint and the bundle here, to profile it")
     parser.add_argument("--runs", type=int, default=10, help="pairs of runs")
     parser.add_argument("--score", action="store_true", help="measure the score graph against 32 times one layer of LLaVA-1.5-7B instead")
     return parser
@@ -43,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
 
     ThreadPool.use(None)
     with tempfile.TemporaryDirectory() as folder:
-        results = _score_share(Path(folder), args.runs) if args.score else _against_transformers(args, Path(folder))
+        results = _score_share(Path(folder), args.runs) if args.score else _against_transformers(args, args.output or Path(folder))
     machine = dataclasses.asdict(Machine.here(ThreadPool.size))
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print(json.dumps({"machine": machine, **results}, default=str))

@@ -93,10 +93,26 @@ def shipped_results(questions: Sequence[HeldoutQuestion], folder: Path) -> dict[
     }
 
 
+def grid(questions: Sequence[HeldoutQuestion], folder: Path, splits: Sequence[int], modes: Sequence[str], keep: int) -> dict[str, Counts]:
+    """One setting for each split layer and score mode, with the same number of tokens kept."""
+    from export.build import build_bundle
+    from export.plan import BuildOptions, make_plan
+
+    results = {}
+    for split in splits:
+        for mode in modes:
+            bundle = folder / f"{mode}-{split}"
+            build_bundle(make_plan(BuildOptions("tiny-llava", keep=(keep,), split_layer=split, score_mode=mode)), bundle)
+            results[f"{mode} K={split}"] = evaluate(load(bundle), questions, None)
+    return results
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tiny_llava.evaluate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--bundle", type=Path, help="evaluate this bundle alone (default: build and compare the record's settings)")
-    parser.add_argument("--keep", help="with --bundle: visual tokens kept, or all (default: the bundle's first budget)")
+    parser.add_argument("--keep", help="with --bundle or --splits: visual tokens kept, or all (default: the bundle's first budget)")
+    parser.add_argument("--splits", metavar="K[,K...]", help="compare split layers and score modes instead, keeping --keep tokens")
+    parser.add_argument("--modes", default="trace,row,raw,energy-high,random", metavar="M[,M...]", help="with --splits")
     parser.add_argument("--limit", type=int, help="only the first questions")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     return parser
@@ -107,10 +123,19 @@ def _run(args: argparse.Namespace) -> int:
     if args.bundle:
         keep = int(args.keep) if args.keep and args.keep.isdigit() else args.keep
         results = {f"keep {keep or 'default'}": evaluate(load(args.bundle), questions, keep)}
+    elif args.splits:
+        with tempfile.TemporaryDirectory() as folder:
+            splits = [int(k) for k in args.splits.split(",")]
+            results = grid(questions, Path(folder), splits, args.modes.split(","), int(args.keep or 16))
+        for name, counts in results.items():
+            right, total = overall(counts)
+            low, high = wilson(right, total)
+            print(f"{name:<20}{100 * right / total:6.1f} ({100 * low:.1f}-{100 * high:.1f})")
     else:
         with tempfile.TemporaryDirectory() as folder:
             results = shipped_results(questions, Path(folder))
-    print(table(results))
+    if not args.splits:
+        print(table(results))
     where: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "python": platform.python_version(), "onnxruntime": onnxruntime.__version__,
         "machine": platform.machine(), "system": platform.system(),
