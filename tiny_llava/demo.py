@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def _run(args: argparse.Namespace) -> int:
     print("\nWhere everything is")
     for what, path in (("bundle", bundle), ("its report", bundle / "report.json"), ("kept patches and entropy", args.output / "kept.png")):
         print(f"  {what:<26} {path}")
-    print(f'  {"ask it yourself":<26} python -m runtime.generate --bundle {bundle} --image {DEMO_IMAGE} --prompt "how many digits?"')
+    question = f'--bundle {bundle} --image {DEMO_IMAGE} --prompt "how many digits?"'
+    print(f"  {'ask it yourself':<26} {sys.executable} -m runtime.generate {question}")
     return 0 if not wrong else 1
 
 
