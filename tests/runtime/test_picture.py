@@ -224,7 +224,7 @@ def test_tokens_that_form_no_square_are_refused(tokens: int, model: VisionLangua
     with pytest.raises(UsageError, match=message):
         grid_side(tokens)
     geometry = dataclasses.replace(model.manifest.geometry, visual_tokens=tokens)
-    changed: Manifest = dataclasses.replace(model.manifest, geometry=geometry)
+    changed: Manifest = dataclasses.replace(model.manifest, geometry=geometry, max_context=4096)
     monkeypatch.setattr(model, "manifest", changed)
     with pytest.raises(UsageError, match=message):
         draw_selection(model, flat(), generation(tokens, (0,)))
