@@ -8,14 +8,13 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Final
 
-# Measured on the trained tiny-llava (12 layers of 192) and on random checkpoints of 4 layers, fp32 on a CPU (export.verify).
+# Measured by export.verify on the trained tiny-llava (12 layers of 192), fp32, 2026-11-22, two cores of an AMD EPYC.
 RELATIVE: Final = MappingProxyType({
-    ("image_embeds", "fp32"): 1e-4,  # measured 2e-6
-    ("hidden_states", "fp32"): 1e-4,  # measured 3e-6
-    ("score_states", "fp32"): 1e-4,  # measured 3e-6
-    ("keys", "fp32"): 1e-4,  # measured 5e-6
-    ("values", "fp32"): 1e-4,  # measured 6e-6
-    ("logits", "fp32"): 1e-4,  # measured 5e-6
+    ("hidden_states", "fp32"): 1e-4,  # measured 4.7e-07
+    ("score_states", "fp32"): 1e-4,  # measured 6.1e-07
+    ("keys", "fp32"): 1e-4,  # measured 4.7e-06
+    ("values", "fp32"): 1e-4,  # measured 2.6e-06
+    ("logits", "fp32"): 1e-4,  # measured 8.0e-07
 })  # fmt: skip
 GREEDY_TOKENS: Final = 64  # tokens that must be the same
 MIN_OVERLAP: Final = 0.99  # mean share of the exactly scored kept set that the graph keeps
