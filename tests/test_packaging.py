@@ -76,7 +76,7 @@ def test_wheel_metadata_names_the_runtime_dependencies_and_the_extras(wheel: Pat
     metadata = Metadata.from_raw(raw)
     required = {r.name.lower() for r in metadata.requires_dist or [] if r.marker is None}
     assert required == {"jinja2", "numpy", "onnxruntime", "pillow", "tokenizers"}
-    assert set(metadata.provides_extra or []) == {"export", "train", "dev"}
+    assert set(metadata.provides_extra or []) == {"export", "calibration", "train", "dev"}
     assert str(metadata.requires_python) == ">=3.10"
     assert metadata.license_expression == "Apache-2.0"
 
@@ -104,7 +104,13 @@ def test_commands_start_outside_the_clone(module: str, installed: Path, tmp_path
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("runtime", []), ("export", ["export"]), ("calibration", ["export"]), ("tiny_llava", ["export", "train"]), ("benchmarks", ["export"])],
+    [
+        ("runtime", []),
+        ("export", ["export"]),
+        ("calibration", ["export", "calibration"]),
+        ("tiny_llava", ["export", "train"]),
+        ("benchmarks", ["export", "calibration"]),
+    ],
 )
 def test_every_imported_distribution_is_declared(folder: str, extras: list[str]) -> None:
     declared = {lock.normal(Requirement(line).name) for line in PROJECT["dependencies"] + optional(*extras)}
