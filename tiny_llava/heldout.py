@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "heldout"
+CALIBRATION_FOLDER = Path(__file__).parent / "calibration"  # other scenes, for choosing settings
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 DEMO_IMAGE = Path(__file__).parent / "demo.png"
 DEMO_FILE = Path(__file__).parent / "demo.json"
