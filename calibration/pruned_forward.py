@@ -165,7 +165,8 @@ class PrunedForward:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = self.model.device
+        return device
 
     def _run(self, hidden: Tensor, positions: Tensor, allowed: Tensor, first: int) -> tuple[list[Tensor], Tensor]:
         """Layers first..L-1 over [B, S, d]; what enters each of them, and what leaves the last."""
@@ -178,7 +179,8 @@ class PrunedForward:
         return entering, hidden
 
     def _logits(self, last: Tensor, rows: Tensor) -> Tensor:
-        return self.model.lm_head(self._decoder.norm(last[:, rows])).float()
+        logits: Tensor = self.model.lm_head(self._decoder.norm(last[:, rows])).float()
+        return logits
 
     @contextmanager
     def _projections(self, rows: Tensor) -> Iterator[dict[str, list[Tensor]]]:

@@ -1,7 +1,7 @@
 """Questions about images, from a file or a folder, and their token ids in the checkpoint's own conversation format.
 
-A questions file is JSON: `{"questions": [{"image": "000.png", "question": "...", "answer": "...", "kind": "..."}, ...]}`, or that list alone;
-images relative to the file (or to a folder given beside it); `answer` and `kind` may be missing. Knows nothing about models.
+A questions file is JSON: `{"questions": [{"image": "000.png", "question": "...", "answer": "...", "kind": "..."}, ...]}`, or that list
+alone; images relative to the file (or to a folder given beside it); `answer` and `kind` may be missing. Knows nothing about models.
 """
 
 from __future__ import annotations
