@@ -1,0 +1,1 @@
+"""Answers scored: bundles on question sets."""
