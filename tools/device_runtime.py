@@ -45,7 +45,7 @@ sys.path[:0] = sys.argv[2:]
 import numpy as np
 from runtime import load
 image = np.linspace(0, 255, 96 * 96 * 3).astype(np.uint8).reshape(96, 96, 3)
-print(*load(sys.argv[1]).generate("what is this?", [image], max_new_tokens=8, eos_token_ids=()).token_ids)
+print(*load(sys.argv[1]).generate("read row 2.", [image], max_new_tokens=8, eos_token_ids=()).token_ids)
 """
 
 
