@@ -177,9 +177,12 @@ def _elimination_graph(heads: int, head_size: int) -> Any:
 
 def _graph_scorer(b: Any) -> tuple[Scorer, int, float]:
     import onnx_ir as ir
-    import onnxruntime
 
     from runtime.engines.onnxruntime import session_options
+    from runtime.engines.telemetry import without_telemetry
+
+    with without_telemetry():
+        import onnxruntime
 
     model = ir.to_proto(b.model())
     session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"])

@@ -1,34 +1,56 @@
 """Atomic output directories: a bundle is written beside its place and moved there whole, or not at all.
 
 One build per output directory at a time (an operating-system lock, released when the process dies); what an earlier, killed
-build left behind is cleared by the next one. Knows nothing about what is written.
+build left behind is cleared by the next one. What is written there is known by its `Kind` alone.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from export.publish import publish, recover, remove
 from runtime.errors import BundleExistsError, StorageError
 from runtime.names import MANIFEST_FILE, REPORT_FILE, VERIFY_FILE
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is written: its name in messages, and `own`, which names all that such a directory may hold (None: it is none)."""
+
+    name: str
+    own: Callable[[Path], set[str] | None]
+
+
+def _bundle_files(directory: Path) -> set[str] | None:
+    """What a bundle's directory may hold, by its manifest; None where that is none of ours."""
+    try:
+        raw = json.loads((directory / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(raw, dict) or not isinstance(raw.get("files"), dict) or "schema_version" not in raw:
+        return None
+    return {MANIFEST_FILE, REPORT_FILE, VERIFY_FILE, *(name.partition("/")[0] for name in raw["files"])}
+
+
+BUNDLE = Kind("bundle", _bundle_files)
+
+
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """Gives an empty directory; when the block ends well it becomes `output`, replacing an earlier bundle there.
+def staged(output: Path, kind: Kind = BUNDLE) -> Iterator[Path]:
+    """Gives an empty directory; when the block ends well it becomes `output`, replacing an earlier one of its kind there.
 
     Raises:
-        BundleExistsError: `output` holds something that is not a bundle, or another build is writing it.
+        BundleExistsError: `output` holds something of another kind, or another build is writing it.
         StorageError: the file system refuses (no space, no permission); `output` is as it was.
     """
-    check_destination(output)
+    check_destination(output, kind)
     output = output.resolve()
     partial, previous, lock_file = (output.with_name(f".{output.name}.{end}") for end in ("partial", "previous", "lock"))
     made = [path for path in output.parents if not path.exists()]
@@ -41,18 +63,18 @@ def staged(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise storage_error(error, output) from error
     try:
-        _recover(output, previous)
-        _remove(partial)
+        recover(output, previous)
+        remove(partial)
         partial.mkdir()
         yield partial
-        check_destination(output)  # it may have changed meanwhile
-        _publish(partial, output, previous)
+        check_destination(output, kind)  # it may have changed meanwhile
+        publish(partial, output, previous)
     except OSError as error:
         if isinstance(error, (StorageError, BundleExistsError)):
             raise
         raise storage_error(error, output) from error
     finally:
-        _remove(partial)
+        remove(partial)
         with suppress(OSError):  # while it is locked: later it could be the next build's
             lock_file.unlink()
         lock.release()
@@ -61,8 +83,8 @@ def staged(output: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
-def check_destination(output: Path) -> None:
-    """Raises BundleExistsError unless `output` is free, empty, or a bundle with nothing else in it, which may be replaced."""
+def check_destination(output: Path, kind: Kind = BUNDLE) -> None:
+    """Raises BundleExistsError unless `output` is free, empty, or of its kind with nothing else in it: that may be replaced."""
     if not output.exists() and not output.is_symlink():
         return
     try:
@@ -71,14 +93,15 @@ def check_destination(output: Path) -> None:
         raise storage_error(error, output) from error
     if found == set():
         return
-    own = _own_files(output / MANIFEST_FILE) if found else None
+    own = kind.own(output) if found else None
     if not found or own is None:
-        raise BundleExistsError(f"{output} exists and is not a bundle; it is left alone: choose another --output")
+        raise BundleExistsError(f"{output} exists and is not a {kind.name}; it is left alone: choose another --output")
     foreign = sorted(found - own)
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise BundleExistsError(
-            f"{output} holds {foreign[0]}{more}, which is not of the bundle; it is left alone: move it away, or choose another --output"
+            f"{output} holds {foreign[0]}{more}, which is not of the {kind.name}; it is left alone: "
+            "move it away, or choose another --output"
         )
 
 
@@ -90,43 +113,3 @@ def storage_error(error: OSError, output: Path) -> StorageError:
     advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some of your quota", **writable}
     hint = advice.get(error.errno or 0, "check the disk")
     return StorageError(f"cannot write {output}: {error.strerror or error}; {hint} and build again (nothing was changed)")
-
-
-def _own_files(manifest: Path) -> set[str] | None:
-    """What a bundle's directory may hold, by its manifest; None where that is none of ours."""
-    try:
-        raw = json.loads(manifest.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(raw, dict) or not isinstance(raw.get("files"), dict) or "schema_version" not in raw:
-        return None
-    return {MANIFEST_FILE, REPORT_FILE, VERIFY_FILE, *(name.partition("/")[0] for name in raw["files"])}
-
-
-def _publish(partial: Path, output: Path, previous: Path) -> None:
-    try:
-        if output.exists():
-            os.replace(output, previous)
-        os.replace(partial, output)
-    except BaseException:
-        if previous.exists() and not output.exists():
-            os.replace(previous, output)
-        raise
-    _remove(previous)
-
-
-def _recover(output: Path, previous: Path) -> None:
-    """Puts an earlier bundle back that a build, killed between its two renames, had set aside."""
-    if (output / MANIFEST_FILE).exists():
-        _remove(previous)
-    elif previous.exists():
-        if output.exists():
-            output.rmdir()  # it is empty
-        os.replace(previous, output)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)

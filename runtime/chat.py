@@ -78,6 +78,8 @@ class ChatTemplate:
             self._template = environment.from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise BundleError(f"the chat template is not valid (line {error.lineno}: {error.message}): export the bundle again") from error
+        except MemoryError as error:  # constants are computed here
+            raise BundleError("the chat template was stopped (it asks for too much memory): use one from a source you trust") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **special_tokens: Any) -> str:
         """The prompt's text.
@@ -94,8 +96,9 @@ class ChatTemplate:
         values = {"tools": None, "documents": None, **special_tokens}
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **values)
-        except jinja2.exceptions.SecurityError as error:
-            raise BundleError(f"the chat template was stopped ({_one_line(error)}): use one from a source you trust") from error
+        except (jinja2.exceptions.SecurityError, MemoryError) as error:
+            why = _one_line(error) or "it asks for too much memory"
+            raise BundleError(f"the chat template was stopped ({why}): use one from a source you trust") from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InputError(f"the chat template cannot render these messages: {_one_line(error)}") from error
 

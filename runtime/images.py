@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from runtime.errors import BundleError, InputError, UsageError, shown
 
 MAX_PIXELS = 64_000_000
-"""Largest image decoded from a file, and largest intermediate image of a resize, in pixels (192 MB as RGB)."""
+"""Largest image that is taken, and largest intermediate image of a resize, in pixels (192 MB as RGB)."""
 
 MAX_SIDE = 8_000
 """Largest side, in pixels, that a bundle may resize or crop images to."""
@@ -282,6 +282,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if not image.width or not image.height:
         raise InputError(f"{name} has no pixels ({image.width} x {image.height})")
+    if image.width * image.height > MAX_PIXELS:  # before it is decoded, where a caller has only opened it
+        raise InputError(
+            f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} megapixels: scale it down first"
+        )
     try:
         image.load()
         if image.mode == "RGB" and "transparency" not in image.info:

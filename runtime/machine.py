@@ -31,7 +31,11 @@ class Machine:
     @classmethod
     def here(cls, engine_threads: int | None) -> Machine:
         import numpy as np
-        import onnxruntime
+
+        from runtime.engines.telemetry import without_telemetry
+
+        with without_telemetry():
+            import onnxruntime
 
         return cls(
             cpu=cpu_name(), cores=available_cores(), engine_threads=engine_threads,

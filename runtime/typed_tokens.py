@@ -3,6 +3,7 @@
 What a chat template writes (`<image>`, `<|im_end|>`) and the same characters in a message look alike once they are rendered. So the
 messages are rendered a second time with a mask in place of every character that may begin a special token: what still is a special
 token there, the template wrote. Masks and the names that stand for the template's tokens hold a random number, so nobody can type them.
+A tokenizer may look for special tokens in normalised text: characters that become the beginning of one ("＜" by NFKC) are masked too.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ class TypedTokens:
     def __init__(self, core: tokenizers.Tokenizer) -> None:
         self._core = core
         self._tokens = {number: token for number, token in core.get_added_tokens_decoder().items() if token.special and token.content}
-        nonce = str(secrets.randbits(64))
-        first = sorted({token.content[0] for token in self._tokens.values()})
-        self._masks = {character: f"{_OPEN}{nonce}1{place}{_CLOSE}" for place, character in enumerate(first)}
-        self._names = {token.content: f"{_OPEN}{nonce}2{number}{_CLOSE}" for number, token in self._tokens.items()}
+        self._nonce = str(secrets.randbits(64))
+        self._names = {token.content: f"{_OPEN}{self._nonce}2{number}{_CLOSE}" for number, token in self._tokens.items()}
+        self._first = {token.content[0] for token in self._tokens.values()}
+        self._added = set(self._normal("0")) - {"0"}  # what the normaliser puts before any text
+        self._first_normal = {n for token in self._tokens.values() if token.normalized for n in self._normal_parts(token.content)[:1]}
         self._copy: tuple[tokenizers.Tokenizer, dict[int, int]] | None = None
 
     def mask(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
@@ -48,14 +50,27 @@ class TypedTokens:
         copy, ids = self._copy = self._copy or self._make_copy()
         contents = sorted(self._names, key=len, reverse=True)
         text = re.sub("|".join(map(re.escape, contents)), lambda found: self._names[found[0]], masked)
-        for character, mask in self._masks.items():
-            text = text.replace(mask, character)
+        text = re.sub(f"{_OPEN}{self._nonce}1(\\d+){_CLOSE}", lambda found: chr(int(found[1])), text)
         return [ids.get(i, i) for i in copy.encode(text, add_special_tokens=add_special_tokens).ids]
 
     def _masked(self, part: Mapping[str, str]) -> dict[str, str]:
         if part["type"] != "text":
             return dict(part)
-        return {**part, "text": "".join(self._masks.get(character, character) for character in part["text"])}
+        masks = {c: f"{_OPEN}{self._nonce}1{ord(c)}{_CLOSE}" for c in set(part["text"]) if self._may_begin(c)}
+        return {**part, "text": "".join(masks.get(character, character) for character in part["text"])}
+
+    def _may_begin(self, character: str) -> bool:
+        """Whether a special token may begin with a character, as it is or normalised."""
+        if character in self._first or not self._first_normal:
+            return character in self._first
+        return not self._first_normal.isdisjoint(self._normal_parts(character))
+
+    def _normal(self, text: str) -> str:
+        normalizer = self._core.normalizer
+        return str(normalizer.normalize_str(text)) if normalizer else text
+
+    def _normal_parts(self, text: str) -> list[str]:
+        return [character for character in self._normal(text) if character not in self._added]
 
     def _special(self, text: str) -> list[int]:
         return [i for i in self._core.encode(text, add_special_tokens=False).ids if i in self._tokens]

@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """Before torch is imported: few threads (the models are tiny), and no hub, so that no test can download."""
+    """Before torch is imported: few threads (the models are tiny), no hub, so that no test can download, and no telemetry."""
     os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

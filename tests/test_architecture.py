@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,25 @@ def test_importing_the_runtime_does_nothing_but_define_names() -> None:
     assert result["unchanged"], "a module changes the directory, the environment or the root logger when imported"
     assert result["threads"] == 1, "a module starts a thread when imported"
     assert result["cpu_s"] < 5.0  # measured: 0.4 s of CPU, most of it numpy and onnxruntime
+
+
+@pytest.mark.parametrize(
+    ("code", "limit_s"),
+    [  # measured: 0.06 s, 0.06 s, 0.06 s, 0.34 s
+        *((f"import {name} as m; m.main(['--help'])", 0.2) for name in ("runtime.generate", "runtime.profile", "runtime.inspect")),
+        ("from runtime import load", 0.5),
+    ],
+)
+def test_the_runtime_starts_fast(code: str, limit_s: float) -> None:
+    def start() -> float:
+        before, began = os.times(), time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
+        wall_s, after = time.perf_counter() - began, os.times()
+        cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
+        return min(wall_s, cpu_s)  # on a busy machine the wall clock counts others, with several threads the other one counts twice
+
+    start()
+    assert min(start() for _ in range(5)) < limit_s
 
 
 @pytest.mark.parametrize("line", ["import torch", "from onnx import helper", "from export.spec import DecoderSpec"])

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from export import build
+from export import build, publish
 from export.weights import WeightFile
 from runtime import generate
 from runtime.chain import EngineChain
@@ -72,6 +72,8 @@ def test_a_disk_that_fills_up_loses_nothing(
 ) -> None:
     holder = pkgutil.resolve_name(owner)
     monkeypatch.setattr(holder, method, after(calls, getattr(holder, method), no_space))
+    if method == "replace":
+        monkeypatch.setattr(publish, "exchange", no_space)
     told = refused(build, site.build("--keep", "4", output=output), "No space left on device; free some space and build again")
     assert len(told.before) > 5, "the plan was printed before"
 
@@ -112,7 +114,7 @@ def test_an_interrupted_answer_ends_in_one_line(site: Site, capfd: pytest.Captur
 DRIVER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
-from export import build
+from export import build, publish
 from export.weights import WeightFile
 add, count = WeightFile.add, 0
 def counted(self, name, array):
@@ -127,7 +129,7 @@ sys.exit(build.main(sys.argv[1:]))
 """
 LIMITED = """
 import resource, sys
-from export import build
+from export import build, publish
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
 sys.exit(build.main(sys.argv[1:]))
 """

@@ -110,12 +110,13 @@ def test_commands_start_outside_the_clone(module: str, installed: Path, tmp_path
         ("calibration", ["export", "calibration"]),
         ("tiny_llava", ["export", "train"]),
         ("benchmarks", ["export", "calibration"]),
+        ("tools", []),
     ],
 )
 def test_every_imported_distribution_is_declared(folder: str, extras: list[str]) -> None:
     declared = {lock.normal(Requirement(line).name) for line in PROJECT["dependencies"] + optional(*extras)}
     provided_by = packages_distributions()
-    own = {*PACKAGES, "benchmarks", "tests", "tiny_llava", *sys.stdlib_module_names}
+    own = {*PACKAGES, "benchmarks", "tests", "tiny_llava", "tools", *sys.stdlib_module_names}
     undeclared = [
         f"{file.relative_to(ROOT)} imports {module}"
         for file in ROOT.glob(f"{folder}/**/*.py")

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from tqdm import tqdm
 
 from runtime.command_line import run_command
+from runtime.machine import installed
 from runtime.pipeline import VisionLanguageModel, load
 from tiny_llava.heldout import HeldoutQuestion, load_heldout
 from tiny_llava.scenes import QUESTION_TYPES, SIZE
@@ -137,7 +137,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.splits:
         print(table(results))
     where: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(), "python": platform.python_version(), "onnxruntime": onnxruntime.__version__,
+        "date": datetime.date.today().isoformat(), "python": platform.python_version(), "onnxruntime": installed("onnxruntime"),
         "machine": platform.machine(), "system": platform.system(),
     }  # fmt: skip
     print(", ".join(f"{k} {v}" for k, v in where.items()))

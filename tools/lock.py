@@ -182,19 +182,33 @@ def resolve(arguments: Sequence[str], platform: Platform, python: str) -> dict[s
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "--python", python, "install"]
-        command += ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--quiet", "--report", str(report), *arguments]
-        if platform.tags:
-            command += ["--target", folder, "--implementation", "cp", "--python-version", platform.python]
-            command += [word for tag in platform.tags for word in ("--platform", tag)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or [done.stderr.strip()]
-            if UNREACHABLE.search(done.stderr):
-                raise IndexUnreachableError(f"no package index answered: {errors[0]}")
-            raise LockError(" ".join(line.removeprefix("ERROR: ") for line in errors))
+        target = ["--target", folder] if platform.tags else []
+        pip_install(["--dry-run", "--ignore-installed", "--report", str(report), *target, *arguments], platform, python)
         installs: list[dict[str, Any]] = json.loads(report.read_text(encoding="utf-8"))["install"]
     return {normal(item["metadata"]["name"]): item["metadata"]["version"].partition("+")[0] for item in installs}
+
+
+def pip_install(arguments: Sequence[str], platform: Platform, python: str) -> None:
+    """Runs `pip install` quietly, with wheels alone, for a platform (which needs a `--target` unless it is this machine).
+
+    Args:
+        python: the interpreter to install for, where the platform is this machine.
+
+    Raises:
+        IndexUnreachableError: no package index answered.
+        LockError: pip found no solution in wheels.
+    """
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "--python", python, "install"]
+    command += ["--only-binary=:all:", "--quiet", *arguments]
+    if platform.tags:
+        command += ["--implementation", "cp", "--python-version", platform.python]
+        command += [word for tag in platform.tags for word in ("--platform", tag)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or [done.stderr.strip()]
+        if UNREACHABLE.search(done.stderr):
+            raise IndexUnreachableError(f"no package index answered: {errors[0]}")
+        raise LockError(" ".join(line.removeprefix("ERROR: ") for line in errors))
 
 
 @functools.cache

@@ -13,12 +13,15 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import onnxruntime as ort
 
+from runtime.engines.telemetry import without_telemetry
 from runtime.errors import EngineError
 from runtime.kv_cache import KVGroup
 from runtime.manifest import GraphInfo, TensorInfo
 from runtime.names import PAST, PRESENT
+
+with without_telemetry():
+    import onnxruntime as ort
 
 _log = logging.getLogger(__name__)
 _DTYPES = {

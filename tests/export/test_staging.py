@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
+from export import publish
 from export.staging import check_destination, staged
 from runtime.errors import BundleExistsError, StorageError
 from runtime.names import MANIFEST_FILE, REPORT_FILE, VERIFY_FILE
@@ -48,6 +49,12 @@ def failing(error: BaseException) -> Callable[[], object]:
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return tmp_path / "out"
+
+
+@pytest.fixture
+def two_renames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that cannot exchange two directories."""
+    monkeypatch.setattr(publish, "_system_call", lambda: None)
 
 
 # ---------------------------------------------------------------- whole
@@ -131,6 +138,7 @@ def test_an_error_of_the_file_system_says_what_to_do(output: Path, number: int, 
     assert tree(output.parent) == before
 
 
+@pytest.mark.usefixtures("two_renames")
 @pytest.mark.parametrize("failing", [1, 2])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 def test_a_failure_while_moving_into_place_restores_the_earlier_bundle(
@@ -146,13 +154,14 @@ def test_a_failure_while_moving_into_place_restores_the_earlier_bundle(
             raise error
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises((StorageError, KeyboardInterrupt)):
-        build(output)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises((StorageError, KeyboardInterrupt)):
+            build(output)
     assert tree(output.parent) == before
 
 
+@pytest.mark.usefixtures("two_renames")
 def test_an_interrupt_right_after_a_move_loses_neither_bundle(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
     for interrupted, content in ((1, "old"), (2, "new")):
@@ -165,13 +174,32 @@ def test_an_interrupt_right_after_a_move_loses_neither_bundle(output: Path, monk
             if len(calls) == interrupted:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(os, "replace", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            build(output)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                build(output)
         assert (output / "a.bin").read_text() == content
         assert [name for name in tree(output.parent) if ".partial" in name or ".lock" in name] == []
         build(output)  # clears what was left
+
+
+@pytest.mark.parametrize(("after", "content"), [(False, "old"), (True, "new")])
+def test_an_interrupt_around_the_exchange_loses_neither_bundle(
+    output: Path, monkeypatch: pytest.MonkeyPatch, after: bool, content: str
+) -> None:
+    write_bundle(output)
+    exchange = publish.exchange
+
+    def interrupt(one: Path, other: Path) -> bool:
+        if after and not exchange(one, other):
+            pytest.skip("this system or file system cannot exchange two directories")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "exchange", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(output)
+    assert sorted(tree(output.parent)) == ["out", "out/a.bin", f"out/{MANIFEST_FILE}"]
+    assert (output / "a.bin").read_text() == content
 
 
 # ---------------------------------------------------------------- what is not ours

@@ -246,6 +246,8 @@ def test_an_invalid_template_is_refused(body: str) -> None:
         "{{ ''.__class__.__base__() }}",
         "{{ raise_exception.__globals__['os'].getcwd() }}",
         "{% for i in range(1000000000) %}x{% endfor %}",
+        "{{ 'x' * 10**16 }}",
+        "{{ messages[0].role * 10**16 }}",
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(body: str) -> None:

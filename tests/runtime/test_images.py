@@ -292,7 +292,7 @@ def png_of_size(path: Path, width: int, height: int) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
 
 
-@pytest.mark.parametrize("size", [(8_001, 8_000), (12_000, 10_000), (60_000, 60_000)])
+@pytest.mark.parametrize("size", [(8_001, 8_000), (12_000, 10_000), (20_000, 20_000), (60_000, 60_000)])
 def test_too_large_images_are_refused_by_their_header_and_pillow_stays_as_it_was(tmp_path: Path, size: tuple[int, int]) -> None:
     png_of_size(tmp_path / "x.png", *size)
     before = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
@@ -302,6 +302,14 @@ def test_too_large_images_are_refused_by_their_header_and_pillow_stays_as_it_was
             load_image(tmp_path / "x.png")
     assert not heard
     assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
+
+
+def test_too_large_pil_images_and_arrays_are_refused_without_being_decoded(tmp_path: Path) -> None:
+    png_of_size(tmp_path / "x.png", 8_001, 8_000)
+    with Image.open(tmp_path / "x.png") as opened, pytest.raises(InputError, match="8001 x 8000 pixels, more than 64 megapixels: scale it"):
+        load_image(opened)
+    with pytest.raises(InputError, match="more than 64 megapixels"):
+        load_image(np.broadcast_to(np.uint8(0), (8_001, 8_000, 3)))
 
 
 def test_an_image_too_narrow_to_resize_is_refused() -> None:

@@ -189,6 +189,14 @@ def test_a_prompt_beyond_the_context_says_how_long_it_is(model: VisionLanguageMo
         model.generate(QUESTION, [picture()] * 32)
 
 
+@pytest.mark.parametrize("text", ["row ", "a", "🙂", "<image>", "</s>"])
+def test_a_hundred_thousand_characters_are_refused_soon(model: VisionLanguageModel, text: str) -> None:
+    began = time.process_time()
+    with pytest.raises(ContextLengthError, match=r"the prompt has \d{5,6} tokens, the bundle's context holds 512 with the answer"):
+        model.generate((text * 100_000)[:100_000], [picture()])
+    assert time.process_time() - began < 15  # measured: 0.1 to 1.4 s
+
+
 def test_the_context_bounds_the_answer(model: VisionLanguageModel) -> None:
     base = model.generate("row" * 1, [picture()], max_new_tokens=1).prompt_tokens
     words = "row " * 600

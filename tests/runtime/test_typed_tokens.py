@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import models, normalizers
 
 from runtime.chat import ChatTemplate, PromptIds, Tokenizer, normalize_messages, special_tokens
 from runtime.errors import InputError
@@ -120,6 +121,28 @@ def test_without_escaping_it_would_be_obeyed(texts: Texts, place: str) -> None:
     obeyed, escaped = (texts.control(texts.encode(messages, count, escape=escape)).count(token) for escape in (False, True))
     apart = place == "split over parts" and f"{token[:2]} {token[2:]}" in texts.rendered(normalize_messages(messages, count))
     assert obeyed == escaped if apart else obeyed > escaped, "some templates put a space between two parts"
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "special", "typed"),
+    [
+        (normalizers.NFKC(), "<image>", ["＜image＞", "＜image>", "<image＞", "a＜ｉｍａｇｅ＞"]),
+        (normalizers.Lowercase(), "Abc", ["abc", "ABC", "Abc", "aBC"]),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "<image>", ["\u226eimage>", "<i\u0301mage>"]),
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.NFKC()]), "<image>", ["＜image>", "<image>"]),
+    ],
+)
+def test_what_becomes_a_special_token_by_normalising_is_plain_text(normalizer: Any, special: str, typed: list[str]) -> None:
+    characters = sorted({*"abcdefghijklmnopqrstuvwxyz<> ABC▁?", *special, *"".join(typed)})
+    core = tokenizers.Tokenizer(models.BPE({character: number for number, character in enumerate(characters)}, [], unk_token="?"))
+    core.normalizer = normalizer
+    core.add_special_tokens([tokenizers.AddedToken(special, special=True, normalized=True), tokenizers.AddedToken("|p|", special=True)])
+    texts = Texts(core, Tokenizer(core), ChatTemplate("{{ messages[0].content[0].text }}"), {}, "|p|")
+    assert any(texts.control(texts.encode([user(text)], escape=False)) for text in typed), "it would be obeyed"
+    for text in typed:
+        ids = texts.encode([user(text)])
+        assert texts.control(ids) == [], text
+        assert len(text) - 1 <= len(ids.input_ids) <= len(text) + 1, "no mask is left, and no text is lost"
 
 
 def test_a_typed_placeholder_is_no_image(texts: Texts) -> None:
