@@ -103,6 +103,12 @@ class Collapse:
         """Whether the entropy falls at the chosen layer; where it does not, no candidate's does."""
         return self.drops[self.layer - 1] > 0
 
+    @property
+    def recovers_at(self) -> int | None:
+        """The first index after the chosen layer where the mean is back at its level before the drop; None where the drop lasts."""
+        level = self.mean[self.layer - 1]
+        return next((index for index in range(self.layer + 1, len(self.mean)) if self.mean[index] >= level), None)
+
 
 def find_collapse(curves: npt.ArrayLike, layers: int, rule: CollapseRule, seed: int = 0) -> Collapse:
     """Finds the collapse layer.

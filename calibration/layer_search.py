@@ -146,11 +146,18 @@ def _collect(
         Journal(files.journal, fingerprint) as journal,
         tqdm(total=total, desc="images", unit="image", disable=None, file=sys.stderr) as bar,
     ):
+        done = 0
+
+        def step(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.update(count)
+
         try:
-            return collect(images, prompts, search.probe, journal, lambda: model.load(search), limit=search.limit, progress=bar.update)
+            return collect(images, prompts, search.probe, journal, lambda: model.load(search), limit=search.limit, progress=step)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"interrupted after {bar.n} of {total} images; they are kept in {files.journal}, and the same command goes on from there"
+                f"interrupted after {done} of {total} images; they are kept in {files.journal}, and the same command goes on from there"
             ) from None
 
 

@@ -30,14 +30,16 @@ def test_a_relative_drop_compares_with_what_was_there() -> None:
     curve = [1.0, 0.7, 0.6, 0.35, 0.34]  # drops 0.3, 0.1, 0.25; relative 0.3, 0.14, 0.42
     assert find_collapse([curve], 6, LARGEST).layer == 1
     found = find_collapse([curve], 6, RELATIVE)
-    assert (found.layer, found.margin) == (3, pytest.approx(0.25 / 0.6 - 0.3))
+    assert found.layer == 3
+    assert found.margin == pytest.approx(0.25 / 0.6 - 0.3)
     assert find_collapse([[0.0, 0.0, 0.0]], 4, RELATIVE).layer == 1
 
 
 def test_the_first_drop_above_a_threshold_is_chosen() -> None:
     assert find_collapse([CURVE], 8, CollapseRule("first-drop", 0.05)).layer == 1
     found = find_collapse([CURVE], 8, CollapseRule("first-drop", 0.12))
-    assert (found.layer, found.margin) == (3, pytest.approx(0.02))  # layer 1 lacks 0.02 to the threshold
+    assert found.layer == 3
+    assert found.margin == pytest.approx(0.02)  # layer 1 lacks 0.02 to the threshold
     with pytest.raises(UsageError, match=r"no layer of 1\.\.4 drops by more than --threshold 0\.5; the largest drop is 0\.28, at layer 3"):
         find_collapse([CURVE], 8, CollapseRule("first-drop", 0.5))
 
@@ -102,6 +104,11 @@ def test_a_curve_that_only_rises_is_no_collapse() -> None:
     found = find_collapse([[0.1, 0.2, 0.25, 0.6, 0.7]], 6, LARGEST)
     assert (found.layer, found.falls) == (2, False)
     assert find_collapse([CURVE], 8, LARGEST).falls
+
+
+def test_a_dip_that_later_layers_take_back_is_told_from_a_collapse() -> None:
+    assert find_collapse([[0.5, 0.3, 0.4, 0.5, 0.6]], 4, LARGEST).recovers_at == 3
+    assert find_collapse([[0.5, 0.3, 0.4, 0.45, 0.49]], 4, LARGEST).recovers_at is None
 
 
 def test_curves_that_end_early_are_refused() -> None:
