@@ -108,7 +108,7 @@ class VisionLanguageReader:
 
         Raises:
             InputError: the prompt has no visual tokens, or an activation is not finite (layer and tensor are named).
-            UsageError: too few heads for the probe.
+            UsageError: too few heads for the probe, or too little memory on the device.
         """
         heads = self.decoder.config.num_attention_heads, self.decoder.config.num_key_value_heads
         probe.check(*heads)
@@ -117,8 +117,11 @@ class VisionLanguageReader:
         if not len(rows):
             raise InputError("the prompt has no visual tokens: the checkpoint's chat template or processor places no image")
         taps = _Taps(probe, rows, probe.heads(*heads), len(self.decoder.layers))
-        with taps.on(self.decoder.layers):
-            self.model.model(**inputs, use_cache=False)
+        try:
+            with taps.on(self.decoder.layers):
+                self.model.model(**inputs, use_cache=False)
+        except torch.OutOfMemoryError as error:
+            raise UsageError("the device's memory is full: take --dtype bfloat16, or --device cpu") from error
         return taps.result()
 
     def _encode(self, image: Image.Image, prompt: str) -> dict[str, Any]:

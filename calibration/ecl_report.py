@@ -26,7 +26,8 @@ def make_evidence(
         settings: what the numbers depend on besides images and model.
     """
     collapse = {
-        "rule": dataclasses.asdict(rule), "layer": found.layer, "split_layer_given": given, "entropy_falls": found.falls, "recovers_at": found.recovers_at,
+        "rule": dataclasses.asdict(rule), "layer": found.layer, "split_layer_given": given, "entropy_falls": found.falls,
+        "recovers_at": found.recovers_at,
         "runner_up": found.runner_up, "margin": found.margin, "margin_interval_95": _listed(found.margin_interval),
         "resample_share": found.resample_share, "image_share": found.image_share, "candidates": [1, found.candidates],
         "mean": list(found.mean), "std": list(found.std), "drops": list(found.drops),
@@ -97,9 +98,8 @@ def _verdict(found: Collapse, rule: CollapseRule, given: int | None) -> list[str
     if not found.falls:
         lines.append("no layer searched loses entropy: the chosen one gains least, which is no collapse; choose by accuracy instead")
     elif found.recovers_at is not None:
-        lines.append(
-            f"the entropy is back at its level before the drop at index {found.recovers_at}: a dip, not a lasting collapse; check by accuracy"
-        )
+        level = f"the entropy is back at its level before the drop at index {found.recovers_at}"
+        lines.append(f"{level}: a dip, not a lasting collapse; check by accuracy")
     if found.images == 1 or found.resample_share is None:
         lines.append("one image: no interval, and no telling whether other images agree; give more")
     else:

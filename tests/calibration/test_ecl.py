@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_a_curve_without_a_lasting_collapse_is_told(tmp_path: Path, capsys: pyte
     images = ROOT / "tiny_llava" / "heldout"
     argv = ["--model", "tiny-llava", "--images", str(images), "--limit", "3", "--output", str(tmp_path / "plan.json")]
     assert ecl.main(argv) == 0
-    assert "is back at its level before the drop at index 2: a dip, not a lasting collapse" in capsys.readouterr().out
+    assert re.search(r"is back at its level before the drop at index \d+: a dip, not a lasting collapse", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("more", [["--tensor", "query"], ["--tensor", "key"], ["--tensor", "value"], ["--rule", "relative-drop"],
