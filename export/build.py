@@ -156,7 +156,10 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--avg-keep", type=float, metavar="A", help="the paper's budget: visual tokens averaged over all layers")
     budget.add_argument("--keep-percent", type=float, metavar="P", help="percent of the visual tokens kept after the split")
     parser.add_argument("--split-layer", type=int, metavar="K", help="layers before the pruning (default: the model's)")
-    parser.add_argument("--score-mode", default="trace", help="trace, row, raw; controls: random, energy-high, energy-low, uniform")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="a calibration's plan.json: split layer, budgets and score mode, where no option gives them"
+    )
+    parser.add_argument("--score-mode", help="trace (the default), row, raw; controls: random, energy-high, energy-low, uniform")
     parser.add_argument("--precision", help="of the weights (default: the target's)")
     parser.add_argument("--max-context", type=int, metavar="C", help="largest prompt + answer in tokens (default: the model's)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="the bundle (default: bundles/MODEL-TARGET)")
@@ -179,7 +182,7 @@ def _options(args: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         model=args.model, target=args.target, checkpoint=args.checkpoint, keep=args.keep, avg_keep=args.avg_keep,
         keep_percent=args.keep_percent, split_layer=args.split_layer, score_mode=args.score_mode, precision=args.precision,
-        max_context=args.max_context, debug=args.debug_outputs,
+        max_context=args.max_context, debug=args.debug_outputs, plan=args.plan,
     )  # fmt: skip
 
 

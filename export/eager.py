@@ -85,8 +85,8 @@ class Prefill:
         return self.layer_states[-1]
 
 
-def load_llava(checkpoint: Path, attention: str = "eager") -> LlavaForConditionalGeneration:
-    """Loads a checkpoint in float32, whatever it is stored in; nothing is fetched from a network.
+def load_llava(checkpoint: Path, attention: str = "eager", dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+    """Loads a checkpoint in float32 or another type, whatever it is stored in; nothing is fetched from a network.
 
     Raises:
         CheckpointError: not a directory, unreadable, of another architecture, or with weights missing (named).
@@ -95,7 +95,7 @@ def load_llava(checkpoint: Path, attention: str = "eager") -> LlavaForConditiona
         raise CheckpointError(f"{checkpoint} is not a directory: name a folder that holds a Hugging Face LLaVA checkpoint")
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation=attention, local_files_only=True, output_loading_info=True
+            checkpoint, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded as a LLaVA checkpoint: {error}") from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from export import calibration_plan
 from export.budget import average_from_keep, check_keep, check_split, keep_from_average, keep_from_percent
+from export.calibration_plan import CalibrationPlan
 from export.checkpoint import Checkpoint
 from export.configs import ModelConfig, TargetConfig, load_model_config, load_target_config
 from export.families import FamilyWeights, adapter_for
@@ -14,12 +17,17 @@ from export.spec import ModelSpec
 from runtime.errors import UsageError
 from runtime.names import SCORE_MODES
 
+BUDGET_OPTIONS = ("keep", "avg_keep", "keep_percent")
+DEFAULT_SCORE_MODE = "trace"
 MIN_SCORED_HEADS = 3  # centring over heads leaves rank H - 1: with 2 heads every token's entropy is 0
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """The command line's wishes; None means the model's or target's default. At most one of the three budgets is given."""
+    """The command line's wishes; None means what the plan says, else the default. At most one of the three budgets is given.
+
+    `plan` is the path of a calibration's plan.json.
+    """
 
     model: str
     target: str = "cpu"
@@ -28,10 +36,29 @@ class BuildOptions:
     avg_keep: float | None = None
     keep_percent: float | None = None
     split_layer: int | None = None
-    score_mode: str = "trace"
+    score_mode: str | None = None
     precision: str | None = None
     max_context: int | None = None
     debug: bool = False
+    plan: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFile:
+    """The calibration that a build follows: the file's name, its SHA-256 (hexadecimal), and what it says."""
+
+    name: str
+    sha256: str
+    plan: CalibrationPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Where each of the values that a plan can supply came from, in words."""
+
+    split_layer: str
+    budgets: str
+    score_mode: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +75,9 @@ class BuildPlan:
     score_mode: str
     precision: str
     max_context: int
+    origins: Origins
     debug: bool = False
+    calibration: PlanFile | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -68,32 +97,61 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         CheckpointError: the checkpoint is missing, incomplete or not implemented.
     """
     model, target = load_model_config(options.model), load_target_config(options.target)
-    if options.score_mode not in SCORE_MODES:
+    if options.score_mode not in (None, *SCORE_MODES):
         raise UsageError(f"unknown --score-mode {options.score_mode!r}: choose one of {', '.join(SCORE_MODES)}")
     precision = options.precision or target.default_precision
     if precision not in target.precisions:
         raise UsageError(f"--precision {precision} is not offered for target {target.name}: choose one of {', '.join(target.precisions)}")
+    calibration = None if options.plan is None else _read_plan(Path(options.plan))
     checkpoint = Checkpoint.open(options.checkpoint or model.default_checkpoint())
     adapter = adapter_for(checkpoint.config, model.family)
     spec = adapter.describe(checkpoint.config)
     weights = FamilyWeights(checkpoint, adapter, spec)
     weights.validate()
-    split = check_split(model.split_layer if options.split_layer is None else options.split_layer, layers=spec.decoder.layers)
-    if options.score_mode in ("trace", "row", "raw") and spec.decoder.query_heads < MIN_SCORED_HEADS:
+    if calibration is not None:
+        calibration.plan.check(model.name, spec, checkpoint)
+    options, origins = _settle(options, model, calibration)
+    split = check_split(options.split_layer or 0, layers=spec.decoder.layers)
+    score_mode = options.score_mode or DEFAULT_SCORE_MODE
+    if score_mode in ("trace", "row", "raw") and spec.decoder.query_heads < MIN_SCORED_HEADS:
         raise UsageError(
-            f"--score-mode {options.score_mode} needs at least {MIN_SCORED_HEADS} query heads, the model has {spec.decoder.query_heads}: "
+            f"--score-mode {score_mode} needs at least {MIN_SCORED_HEADS} query heads, the model has {spec.decoder.query_heads}: "
             "choose energy-high, energy-low, random or uniform"
         )
     return BuildPlan(
         model=model, target=target, checkpoint=checkpoint, spec=spec, weights=weights, split_layer=split,
-        budgets=_budgets(options, model, spec, split), score_mode=options.score_mode, precision=precision,
-        max_context=_max_context(options, model, spec), debug=options.debug,
+        budgets=_budgets(options, model, spec, split), score_mode=score_mode, precision=precision,
+        max_context=_max_context(options, model, spec), origins=origins, debug=options.debug, calibration=calibration,
     )  # fmt: skip
+
+
+def _read_plan(path: Path) -> PlanFile:
+    data = calibration_plan.read_bytes(path)
+    return PlanFile(path.name, calibration_plan.sha256(data), CalibrationPlan.parse(data, str(path)))
+
+
+def _settle(options: BuildOptions, model: ModelConfig, calibration: PlanFile | None) -> tuple[BuildOptions, Origins]:
+    """Fills in split layer, budgets and score mode: from the command line, else from the plan, else the defaults."""
+    given = next((name for name in BUDGET_OPTIONS if getattr(options, name) is not None), None)
+    budgets = f"--{given.replace('_', '-')}" if given else f"configs/models/{model.name}.toml"
+    split = "--split-layer" if options.split_layer is not None else f"configs/models/{model.name}.toml"
+    mode = "--score-mode" if options.score_mode is not None else "the default"
+    if calibration is not None:
+        plan = calibration.plan
+        if options.split_layer is None:
+            options, split = dataclasses.replace(options, split_layer=plan.split_layer), calibration.name
+        if given is None and plan.budgets is not None:
+            options, budgets = dataclasses.replace(options, keep=plan.budgets), calibration.name
+        if options.score_mode is None and plan.score_mode is not None:
+            options, mode = dataclasses.replace(options, score_mode=plan.score_mode), calibration.name
+    if options.split_layer is None:
+        options = dataclasses.replace(options, split_layer=model.split_layer)
+    return options, Origins(split, budgets, mode)
 
 
 def _budgets(options: BuildOptions, model: ModelConfig, spec: ModelSpec, split: int) -> tuple[int, ...]:
     count, layers = spec.vision.visual_tokens, spec.decoder.layers
-    given = [name for name in ("keep", "avg_keep", "keep_percent") if getattr(options, name) is not None]
+    given = [name for name in BUDGET_OPTIONS if getattr(options, name) is not None]
     if len(given) > 1:
         raise UsageError("give one of --keep, --avg-keep and --keep-percent, not several")
     if options.keep is not None:

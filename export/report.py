@@ -59,7 +59,9 @@ def make_report(plan: BuildPlan, manifest: Manifest) -> dict[str, Any]:
             "keep": keep, "average_keep": round(plan.average_keep(keep), 2), "decoder_flops": pruned,
             "decoder_flops_share": round(pruned / dense, 4), "kv_bytes_of_one_image": kv,
         })  # fmt: skip
+    calibration = {} if plan.calibration is None else {"plan": {"file": plan.calibration.name, "sha256": plan.calibration.sha256}}
     return {
+        **calibration,
         "model": plan.model.name, "target": plan.target.name, "precision": plan.precision, "layers": d.layers, "split_layer": k,
         "score_mode": plan.score_mode, "visual_tokens": n, "text_tokens": TEXT_TOKENS, "max_context": plan.max_context,
         "bytes": {name: info.bytes for name, info in manifest.files.items()},
@@ -80,6 +82,7 @@ def describe_plan(plan: BuildPlan, output: Path) -> str:
         ("image", f"{v.image_size} x {v.image_size} pixels, {plan.visual_tokens} visual tokens"),
         ("split", f"layers 0..{k - 1} see every token, layers {k}..{d.layers - 1} the kept ones; score: {plan.score_mode}"),
         ("budgets", budgets),
+        ("chosen by", f"split: {plan.origins.split_layer}; budgets: {plan.origins.budgets}; score: {plan.origins.score_mode}"),
         ("weights", f"{format_bytes(plan.weights.bytes_to_write())} in {plan.precision}"),
         ("KV cache", " + ".join(format_bytes(d.kv_bytes_per_token(n)) for n in (k, d.layers - k)) + " per token (before, after the split)"),
         ("context", f"{plan.max_context} tokens"),

@@ -21,7 +21,10 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
-    """Parses and runs; returns the exit code. Errors that are not the project's own keep their traceback."""
+    """Parses and runs; returns the exit code. Errors that are not the project's own keep their traceback.
+
+    A command that keeps what it has done when it is interrupted raises KeyboardInterrupt anew, with a message that says so.
+    """
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:  # --help, or an error that the parser has told
@@ -33,8 +36,8 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
         return code
     except EntropyPruneError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        message = "interrupted; what was being made is removed, what was there before is unchanged"
+    except KeyboardInterrupt as stop:
+        message = str(stop) or "interrupted; what was being made is removed, what was there before is unchanged"
     except OSError as error:
         if error.filename is not None:  # not the output that could not be written
             raise

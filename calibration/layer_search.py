@@ -1,0 +1,174 @@
+"""Finding the split layer, from a model and a directory of images to a plan: what `python -m calibration.ecl` runs."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from calibration.activations import Probe, VisionLanguageReader, load_reader
+from calibration.audit import PrecisionAudit
+from calibration.collapse import CollapseRule, find_collapse
+from calibration.collapse_picture import draw_collapse
+from calibration.collection import Collection, collect
+from calibration.ecl_report import describe_collapse, make_evidence, short_subject
+from calibration.image_set import CalibrationImage, find_images, read_prompts
+from calibration.journal import Journal, fingerprint_of
+from calibration.plan_files import PlanFiles
+from export import TOOL_VERSION
+from export.budget import check_split
+from export.calibration_plan import SCHEMA_VERSION, CalibrationPlan, PlanGeometry
+from export.checkpoint import Checkpoint
+from export.configs import ModelConfig, load_model_config
+from export.families import FamilyWeights, adapter_for
+from export.spec import ModelSpec
+from runtime.errors import UsageError
+from runtime.files import write_file
+from runtime.manifest import Source
+
+__all__ = ["FoundLayer", "LayerSearch", "find_layer"]
+
+JOURNAL_VERSION = 1  # raised when the same settings would give other numbers
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSearch:
+    """The command line's wishes.
+
+    Attributes:
+        model: a model of configs/models.
+        checkpoint: a directory or Hugging Face id; None for the model's own.
+        images, prompts: a directory, and a text file with one prompt a line (None: one default prompt).
+        limit: how many different images, drawn by `seed`; None for all.
+        split_layer: K given by hand; None for what the rule chooses.
+        device, dtype: where the model runs, and torch's name of its type.
+    """
+
+    model: str
+    images: Path
+    checkpoint: str | None = None
+    prompts: Path | None = None
+    limit: int | None = None
+    seed: int = 0
+    split_layer: int | None = None
+    rule: CollapseRule = CollapseRule()  # noqa: RUF009 (frozen)
+    probe: Probe = Probe()  # noqa: RUF009 (frozen)
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit is {self.limit}, expected at least 1 image")
+        if self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}, expected 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundLayer:
+    """The plan as it was written, and the report in words."""
+
+    plan: CalibrationPlan
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """The model that is measured."""
+
+    model: ModelConfig
+    checkpoint: Checkpoint
+    spec: ModelSpec
+
+    @classmethod
+    def open(cls, search: LayerSearch) -> _Subject:
+        """Validates checkpoint and options against each other, reading headers alone."""
+        model = load_model_config(search.model)
+        checkpoint = Checkpoint.open(search.checkpoint or model.default_checkpoint())
+        adapter = adapter_for(checkpoint.config, model.family)
+        spec = adapter.describe(checkpoint.config)
+        FamilyWeights(checkpoint, adapter, spec).validate()
+        if search.split_layer is not None:
+            check_split(search.split_layer, layers=spec.decoder.layers)
+        search.probe.check(spec.decoder.query_heads, spec.decoder.kv_heads)
+        return cls(model, checkpoint, spec)
+
+    def load(self, search: LayerSearch) -> VisionLanguageReader:
+        return load_reader(self.checkpoint.directory, self.spec.family, search.device, search.dtype)
+
+    def plan(self, split_layer: int, evidence: dict[str, Any]) -> CalibrationPlan:
+        return CalibrationPlan(
+            schema_version=SCHEMA_VERSION, tool_version=TOOL_VERSION,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=self.model.name, family=self.spec.family,
+            source=Source(self.checkpoint.name, self.checkpoint.revision), geometry=PlanGeometry.of(self.spec), split_layer=split_layer,
+            evidence=evidence,
+        )  # fmt: skip
+
+
+def find_layer(search: LayerSearch, files: PlanFiles) -> FoundLayer:
+    """Measures the images that are not in the journal yet, chooses the layer, and writes plan and picture.
+
+    Raises:
+        UsageError: an option is out of range, or does not fit the model.
+        CheckpointError: the checkpoint cannot be used.
+        InputError: no image can be used, or an activation is not finite.
+        StorageError: a file cannot be written, or another run is writing it.
+        KeyboardInterrupt: with a message; what was measured is in the journal.
+    """
+    files.check()
+    prompts = read_prompts(search.prompts)
+    images = find_images(search.images, None if search.limit is None else search.seed, leave_out=files.picture)
+    measured = _Subject.open(search)
+    with files.locked():
+        collection = _collect(search, files, measured, images, prompts)
+        found = find_collapse([record.curve for record in collection.records], measured.spec.decoder.layers, search.rule, search.seed)
+        audit = PrecisionAudit.over([record.largest for record in collection.records])
+        settings = _settings(search) | {"prompts": list(prompts), "limit": search.limit, "seed": search.seed, **_versions()}
+        evidence = make_evidence(found, search.rule, search.split_layer, collection, audit, settings)
+        plan = measured.plan(found.layer if search.split_layer is None else search.split_layer, evidence)
+        picture = draw_collapse(found, plan.split_layer, f"{plan.model}: {short_subject(search.probe)}, {len(collection.records)} images")
+        plan.write(files.plan)
+        write_file(files.picture, picture)
+    return FoundLayer(plan, describe_collapse(found, search.rule, search.split_layer, collection, audit, search.probe))
+
+
+def _collect(
+    search: LayerSearch, files: PlanFiles, model: _Subject, images: list[CalibrationImage], prompts: tuple[str, ...]
+) -> Collection:
+    fingerprint = fingerprint_of({"version": JOURNAL_VERSION, "revision": model.checkpoint.revision, **_settings(search)})
+    total = len(images) if search.limit is None else min(search.limit, len(images))
+    with (
+        Journal(files.journal, fingerprint) as journal,
+        tqdm(total=total, desc="images", unit="image", disable=None, file=sys.stderr) as bar,
+    ):
+        done = 0
+
+        def step(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.update(count)
+
+        try:
+            return collect(images, prompts, search.probe, journal, lambda: model.load(search), limit=search.limit, progress=step)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted after {done} of {total} images; they are kept in {files.journal}, and the same command goes on from there"
+            ) from None
+
+
+def _settings(search: LayerSearch) -> dict[str, Any]:
+    """What an image's numbers depend on, besides the image, its prompt and the weights."""
+    probe = search.probe
+    return {
+        "tensor": probe.tensor, "matrix": probe.matrix, "centre": probe.entropy.centre, "normalise_rows": probe.entropy.normalise_rows,
+        "normalise_trace": probe.entropy.normalise_trace, "device": search.device, "dtype": search.dtype,
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

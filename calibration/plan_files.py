@@ -1,0 +1,72 @@
+"""The files a calibration writes: the plan, the picture and the measurements beside it; one run at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from export.calibration_plan import CalibrationPlan
+from runtime.errors import StorageError, UsageError
+from runtime.files import check_writable
+
+__all__ = ["PlanFiles"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFiles:
+    """The plan's file and the two beside it."""
+
+    plan: Path
+
+    @property
+    def picture(self) -> Path:
+        return self.plan.with_suffix(".png")
+
+    @property
+    def journal(self) -> Path:
+        return self.plan.with_suffix(".images.jsonl")
+
+    def check(self) -> None:
+        """Refuses early what cannot be written, and to replace what is not a plan, or holds more than this command finds.
+
+        Raises:
+            UsageError: another file, or a plan with budgets, is there.
+            StorageError: it cannot be written.
+        """
+        if self.plan.suffix != ".json":
+            raise UsageError(f"--output {self.plan} does not end in .json: the picture and the measurements are named after it")
+        for path in (self.plan, self.picture, self.journal):
+            check_writable(path)
+        if not self.plan.exists():
+            return
+        try:
+            old = CalibrationPlan.read(self.plan)
+        except UsageError as error:
+            raise UsageError(f"{self.plan} exists and is not a plan ({error}); it is left alone: choose another --output") from error
+        if old.budgets is not None or old.auto_keep is not None:
+            raise UsageError(
+                f"{self.plan} holds calibrated budgets, which a new split layer would make void; it is left alone: "
+                "move it away, or choose another --output"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One run at a time; an operating-system lock, released when the process dies."""
+        file = self.plan.absolute().with_name(f".{self.plan.name}.lock")
+        lock = FileLock(file, is_singleton=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise StorageError(f"another run is writing {self.plan}: wait for it, or choose another --output") from error
+        except OSError as error:
+            raise StorageError(f"cannot write {self.plan}: {error.strerror}; choose another --output") from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # while it is locked: later it could be the next run's
+                file.unlink()
+            lock.release()
