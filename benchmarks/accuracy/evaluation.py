@@ -112,7 +112,7 @@ class Evaluation:
         table = self.forward.model.model.language_model.embed_tokens.weight
         asked = [(q.text, q.answer) for q in group]
         what = [path.name, hashlib.sha256(path.read_bytes()).hexdigest(), asked, [asdict(s) for s in self.settings()]]
-        return hashlib.sha256(json.dumps([*what, float(table.double().abs().sum())]).encode()).hexdigest()[:24]
+        return hashlib.sha256(json.dumps([*what, table.double().abs().sum().item()]).encode()).hexdigest()[:24]
 
     def _image(self, path: Path, group: Sequence[Question], settings: Sequence[Setting]) -> dict[str, np.ndarray]:
         image = load_image(path)
