@@ -14,7 +14,7 @@ from benchmarks.accuracy.statistics import Share
 
 @dataclass(frozen=True, slots=True)
 class PerImage:
-    """One threshold's outcome: `difference` is its accuracy less that of fixed budgets mixed to the same average."""
+    """One threshold's outcome; `difference` is its accuracy less that of the best blind mix of two fixed budgets with the same average."""
 
     method: str
     split: int
@@ -47,10 +47,19 @@ def per_image(e: Evidence, selector: int, split: int, ladder: Sequence[int], tar
     chosen = choice(threshold)
     average = float(sizes[chosen].mean())
     mine = right[chosen[out.images], np.arange(len(out.images))].astype(np.float64)
-    upper = int(np.searchsorted(sizes, average).clip(1, len(sizes) - 1))
-    weight = (average - sizes[upper - 1]) / (sizes[upper] - sizes[upper - 1])
-    fixed = (1 - weight) * right[upper - 1] + weight * right[upper]
+    fixed = _mixed(right, sizes, average)
     return PerImage(name, split, threshold, average, e.bootstrap.share(mine), e.bootstrap.difference(mine, fixed))
+
+
+def _mixed(right: np.ndarray, sizes: np.ndarray, average: float) -> np.ndarray:
+    """[questions]: right answers of the best mix of two fixed budgets, given out blindly, that keeps `average` tokens."""
+    mixes = []
+    for low in np.flatnonzero(sizes <= average):
+        for high in np.flatnonzero(sizes >= average):
+            weight = (average - sizes[low]) / (sizes[high] - sizes[low]) if high != low else 0.0
+            mixes.append((1 - weight) * right[low] + weight * right[high])
+    best: np.ndarray = max(mixes, key=lambda mix: float(mix.mean()))
+    return best
 
 
 def markdown(e: Evidence, splits: Sequence[int]) -> str:
