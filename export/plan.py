@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.budget import average_from_keep, check_keep, check_split, keep_from_average, keep_from_percent
+from export.budget import average_from_keep, check_auto_keep, check_keep, check_split, keep_from_average, keep_from_percent
 from export.checkpoint import Checkpoint
 from export.configs import ModelConfig, TargetConfig, load_model_config, load_target_config
 from export.families import FamilyWeights, adapter_for
@@ -32,11 +32,12 @@ class BuildOptions:
     precision: str | None = None
     max_context: int | None = None
     debug: bool = False
+    auto_keep: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """Everything settled: `budgets` are keep counts, the default first; `split_layer` is K."""
+    """Everything settled: `budgets` are keep counts, the default first; `split_layer` is K; `auto_keep` is the manifest's."""
 
     model: ModelConfig
     target: TargetConfig
@@ -49,6 +50,7 @@ class BuildPlan:
     precision: str
     max_context: int
     debug: bool = False
+    auto_keep: float | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -84,10 +86,12 @@ def make_plan(options: BuildOptions) -> BuildPlan:
             f"--score-mode {options.score_mode} needs at least {MIN_SCORED_HEADS} query heads, the model has {spec.decoder.query_heads}: "
             "choose energy-high, energy-low, random or uniform"
         )
+    budgets = _budgets(options, model, spec, split)
     return BuildPlan(
         model=model, target=target, checkpoint=checkpoint, spec=spec, weights=weights, split_layer=split,
-        budgets=_budgets(options, model, spec, split), score_mode=options.score_mode, precision=precision,
+        budgets=budgets, score_mode=options.score_mode, precision=precision,
         max_context=_max_context(options, model, spec), debug=options.debug,
+        auto_keep=check_auto_keep(options.auto_keep, budgets=budgets, score_mode=options.score_mode),
     )  # fmt: skip
 
 
