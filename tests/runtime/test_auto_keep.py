@@ -14,6 +14,7 @@ from PIL import Image
 from export import build
 from runtime import explain, generate, kv_cache, pipeline, profile
 from runtime.budgets import choose_budget, kept_mass
+from runtime.conversation import ImageGroup, ImageSpan
 from runtime.errors import UsageError
 from runtime.generation import Generation
 from runtime.manifest import read_manifest
@@ -119,6 +120,16 @@ def test_a_budget_of_all_tokens_is_the_unpruned_model(tiny_checkpoint: Path, tmp
     both = ask(model, 1, 2)
     assert both.kept_tokens == 16
     assert answer(both) == answer(ask(model, 1, 2, keep=16)), "of two images it prunes"
+
+
+def test_a_group_between_two_budgets_is_scored_by_the_one_that_fits_in(model: VisionLanguageModel) -> None:
+    states = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    group = ImageGroup((ImageSpan(3, 9, ""),), 0)
+    for threshold, chosen, kept in ((1e-6, 2, 2), (1.0, 8, 6)):
+        selection = at(model, threshold).chain._score(group, "auto", states, states, np.arange(3, 9))
+        assert (selection.budget, selection.chosen, len(selection.kept_indices)) == ("auto", chosen, kept)
+        assert selection.token_entropy is not None
+        assert len(selection.token_entropy) == 6
 
 
 def test_a_group_no_larger_than_the_smallest_budget_keeps_all_unscored(model: VisionLanguageModel) -> None:
