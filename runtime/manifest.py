@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import BundleError, StorageError
-from runtime.names import MANIFEST_FILE, SCORE_MODES, score_graph
+from runtime.errors import BundleError, StorageError, shown
+from runtime.names import MANIFEST_FILE, SCORE_MODES, SCORELESS_MODES, score_graph
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+AUTO_KEEP_SCHEMA = 2  # from here on there is `auto_keep`
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_CONTEXT = 1 << 24
 MAX_NAME = 200
@@ -86,7 +87,8 @@ class Manifest:
 
     `split_layer` is K: layers 0..K-1 see every token. `budgets` are the keep counts built in, the default first. `flops` holds
     counted figures per stage (report.json has the details). `embedding` is the token table's file, [vocab, hidden] float32 row
-    after row. `image_token` is the placeholder's text in a rendered prompt.
+    after row. `image_token` is the placeholder's text in a rendered prompt. `auto_keep` is the share of the scores' mass that the budget
+    chosen for an image must hold (`runtime.budgets`); None where the bundle offers no choice.
     """
 
     schema_version: int
@@ -108,6 +110,7 @@ class Manifest:
     graphs: dict[str, GraphInfo]
     files: dict[str, FileInfo]
     flops: dict[str, float] = field(default_factory=dict)
+    auto_keep: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.schema_version <= SCHEMA_VERSION:
@@ -127,14 +130,31 @@ class Manifest:
         missing = [b for b in self.budgets if score_graph(b) not in self.graphs]
         if missing or not self.budgets:
             raise BundleError(f"no score graph for the budgets {missing or '(none listed)'}: export the bundle again")
+        if self.auto_keep is not None:
+            self._check_auto_keep(self.auto_keep)
         for name in (*self.files, *(g.file for g in self.graphs.values()), self.embedding):
             _check_inside(name)
         for name in (*(g.file for g in self.graphs.values()), self.embedding):
             if name not in self.files:
                 raise BundleError(f"{name} is used but not listed among the bundle's files: export the bundle again")
 
+    def _check_auto_keep(self, threshold: float) -> None:
+        if not 0 < threshold <= 1:  # false for NaN
+            wrong = f"auto_keep is {shown(threshold)}, expected above 0 and up to 1, or null"
+        elif len(set(self.budgets)) < 2 or self.score_mode in SCORELESS_MODES:
+            wrong = f"auto_keep chooses among several budgets by score, the bundle has {len(set(self.budgets))} and mode {self.score_mode}"
+        elif self.schema_version < AUTO_KEEP_SCHEMA:
+            wrong = f"auto_keep is an entry of schema {AUTO_KEEP_SCHEMA}, the bundle has schema {self.schema_version}"
+        else:
+            return
+        raise BundleError(f"{wrong}: export the bundle again")
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The text of bundle.json; without `auto_keep` where there is none, as every schema reads it."""
+        entries = dataclasses.asdict(self)
+        if self.auto_keep is None:
+            del entries["auto_keep"]
+        return json.dumps(entries, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -149,6 +169,11 @@ class Manifest:
             )
         result: Manifest = _build(cls, raw, MANIFEST_FILE)
         return result
+
+
+def schema_for(auto_keep: float | None) -> int:
+    """The schema a bundle is written in: the oldest that has all of its entries, so that no runtime refuses what it could run."""
+    return 1 if auto_keep is None else AUTO_KEEP_SCHEMA
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -248,7 +273,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return tuple(_build(typing.get_args(kind)[0], v, where) for v in value)
     if origin is dict and isinstance(value, dict):
         return {k: _build(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
-    accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (int, float) if kind is float else (kind,)
+    accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (kind,)
+    accepted = (*accepted, int) if float in accepted else accepted
     if origin in (tuple, dict) or not isinstance(value, accepted) or isinstance(value, bool):
         raise BundleError(f"{where}: {value!r:.60} has the wrong type: export the bundle again")
     return value
