@@ -18,7 +18,7 @@ from typing import IO, Any, Generic, Protocol, Self, TypeVar
 
 from runtime.errors import StorageError
 
-__all__ = ["Journal", "Keyed", "LineJournal", "Record", "finite_floats", "fingerprint_of"]
+__all__ = ["Journal", "Keyed", "LineJournal", "Record", "fingerprint_of", "finite_floats"]
 
 
 class Keyed(Protocol):

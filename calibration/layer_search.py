@@ -108,9 +108,7 @@ def find_layer(search: LayerSearch, files: PlanFiles) -> FoundLayer:
     return FoundLayer(plan, describe_collapse(found, search.rule, search.split_layer, collection, audit, search.probe))
 
 
-def _collect(
-    search: LayerSearch, files: PlanFiles, model: Subject, images: list[CalibrationImage], prompts: tuple[str, ...]
-) -> Collection:
+def _collect(search: LayerSearch, files: PlanFiles, model: Subject, images: list[CalibrationImage], prompts: tuple[str, ...]) -> Collection:
     fingerprint = fingerprint_of({"version": JOURNAL_VERSION, "revision": model.checkpoint.revision, **_settings(search)})
     total = len(images) if search.limit is None else min(search.limit, len(images))
     with (
@@ -125,7 +123,9 @@ def _collect(
             bar.update(count)
 
         try:
-            return collect(images, prompts, search.probe, journal, lambda: model.load(search.device, search.dtype), limit=search.limit, progress=step)
+            return collect(
+                images, prompts, search.probe, journal, lambda: model.load(search.device, search.dtype), limit=search.limit, progress=step
+            )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted after {done} of {total} images; they are kept in {files.journal}, and the same command goes on from there"
