@@ -81,9 +81,9 @@ def _marks(
     axes: Axes, rows: Sequence[Measured], chosen: Measured | None, value: Callable[[Measured], resampling.Figure | None]
 ) -> None:  # fmt: skip
     best = [(row.flops_share, figure) for row in front(rows) if (figure := value(row)) is not None]
-    axes.scatter(
-        [100 * cost for cost, _ in best], [100 * figure.mean for _, figure in best], s=70, facecolors="none", edgecolors="0.2",
-        linewidths=1.1, zorder=4, label="Pareto front (agreement)",
+    axes.plot(
+        [100 * cost for cost, _ in best], [100 * figure.mean for _, figure in best], color="0.2", linewidth=0.8, marker="o", markersize=9,
+        markerfacecolor="none", zorder=4, label="Pareto front (agreement)",
     )  # fmt: skip
     figure = None if chosen is None else value(chosen)
     if chosen is not None and figure is not None:

@@ -21,6 +21,7 @@ __all__ = ["ImageBudgets", "Threshold", "choose_threshold", "evaluate_thresholds
 
 Floats = npt.NDArray[np.float64]
 DECILES = 9
+ROUNDING = 1e-9  # a gain of 0 is 0 only up to rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +74,7 @@ class Threshold:
     @property
     def above(self) -> bool:
         """Whether the agreement is above that of fixed budgets, beyond chance."""
-        return self.gain.interval is not None and self.gain.interval[0] > 0
+        return self.gain.interval is not None and self.gain.interval[0] > ROUNDING
 
 
 def usual_thresholds(budgets: ImageBudgets) -> tuple[float, ...]:
