@@ -202,7 +202,7 @@ def _check_finite(dense: DensePass) -> None:
     advice = "check the checkpoint's weights, or take another --dtype"
     for layer, entering in enumerate(dense.entering):
         if not bool(torch.isfinite(entering).all()):
-            where = "the embeddings" if layer == 0 else f"layer {layer - 1}: what it gives"
-            raise InputError(f"{where} holds NaN or infinity: {advice}")
+            where = "the embeddings hold" if layer == 0 else f"layer {layer - 1}: what it gives holds"
+            raise InputError(f"{where} NaN or infinity: {advice}")
     if not bool(torch.isfinite(dense.logits).all()):
         raise InputError(f"layer {len(dense.entering) - 1}, or the head after it: the unpruned logits hold NaN or infinity: {advice}")

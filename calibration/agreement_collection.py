@@ -134,8 +134,8 @@ def _gather(questions: Sequence[Question], folder: Path) -> tuple[list[_Asked], 
         image = CalibrationImage(path, path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path))
         try:
             digest = image.sha256()
-        except OSError as error:
-            skipped.append((image.name, f"{image.name} cannot be read: {error.strerror or error}"))
+        except StorageError as error:
+            skipped.append((image.name, str(error)))
             continue
         if digest in found:
             repeated.append(image.name)

@@ -16,6 +16,7 @@ from runtime.units import format_bytes
 
 __all__ = ["Decision", "PerImage", "describe_decision", "describe_grid", "make_evidence"]
 
+BETTER, WORSE = "better than", "worse than"
 LISTED = 10  # skipped files named on stdout; the evidence has them all
 
 
@@ -51,10 +52,9 @@ def make_evidence(
             "positions": results.positions, "text_tokens": results.text_tokens,
             "unpruned_accuracy": None if unpruned is None else dataclasses.asdict(unpruned),
         },
-        "table": [dataclasses.asdict(row) | {"pareto": row.setting in best} for row in rows],
+        "table": [dataclasses.asdict(row) | {"pareto": row.setting in best, "compared": _compared(results, row)} for row in rows],
         "rule": None if decision is None else dataclasses.asdict(decision.rule),
         "chosen": None if decision is None else dataclasses.asdict(decision.chosen.setting),
-        "compared": [] if decision is None else [dataclasses.asdict(one) for one in decision.comparisons],
         "per_image": None if decision is None or decision.per_image is None else dataclasses.asdict(decision.per_image),
         "images": {
             "repeated": list(collected.repeated),
@@ -62,6 +62,10 @@ def make_evidence(
             "list": [{"name": record.name, "sha256": record.image} for record in collected.records],
         },
     }  # fmt: skip
+
+
+def _compared(results: Results, row: Measured) -> list[dict[str, Any]]:
+    return [] if row.control else [dataclasses.asdict(one) for one in results.compare(row.setting)]
 
 
 # ---------------------------------------------------------------- the table
@@ -122,6 +126,8 @@ def describe_decision(results: Results, decision: Decision | None, collected: Co
     lines = []
     if len(results.records) == 1:
         lines.append("one image: there are no intervals, and the figures say nothing about other images")
+    else:
+        lines += _beside_controls(results)
     if decision is None:
         lines.append("no rule was given, so nothing is chosen and no plan is written: add --min-agreement, --max-ttft-ms or --avg-keep")
     else:
@@ -136,9 +142,25 @@ def describe_decision(results: Results, decision: Decision | None, collected: Co
         )
     if collected.skipped:
         lines.append(f"{_count(len(collected.skipped), 'image')} skipped:")
-        lines += [f"  {name}: {reason}" for name, reason in collected.skipped[:LISTED]]
+        lines += [f"  {reason}" for _, reason in collected.skipped[:LISTED]]
         lines += [f"  and {len(collected.skipped) - LISTED} more, listed by --json"] * (len(collected.skipped) > LISTED)
     return "\n".join(lines)
+
+
+def _beside_controls(results: Results) -> list[str]:
+    """For each mode that may be chosen, how often its agreement is above or below the controls', beyond chance."""
+    lines = []
+    for mode in (mode for mode in results.grid.modes if mode not in results.grid.controls):
+        found = [results.compare(setting) for setting in results.grid.settings() if setting.mode == mode]
+        verdicts = [[_verdict(one.difference) for one in comparisons] for comparisons in found]
+        above = sum(all(verdict == BETTER for verdict in one) for one in verdicts)
+        below = sum(any(verdict == WORSE for verdict in one) for one in verdicts)
+        controls = " and ".join(one.control for one in found[0])
+        lines.append(
+            f"{mode} beside {controls}: agreement above at {above} of {len(found)} splits and budgets, below (one of) them at {below}, "
+            "by 95 % intervals"
+        )
+    return lines
 
 
 def _chosen(decision: Decision) -> list[str]:
@@ -153,10 +175,14 @@ def _chosen(decision: Decision) -> list[str]:
         f"{100 * row.flops_share:.1f} % of the FLOPs, {row.average_keep:.1f} visual tokens averaged over the layers"
     ]
     for one in decision.comparisons:
-        low = one.difference.sure
-        verdict = "no better than" if low <= 0 else "better than"
+        verdict = _verdict(one.difference)
         lines.append(f"  {verdict} the control {one.control} at the same split and keep: {_points(one.difference)} of agreement")
     return lines
+
+
+def _verdict(difference: Figure) -> str:
+    low, high = difference.interval or (0.0, 0.0)
+    return BETTER if low > 0 else WORSE if high < 0 else "not shown to be better than"
 
 
 def _per_image(found: PerImage, rule: Rule) -> list[str]:

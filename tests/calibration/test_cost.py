@@ -53,5 +53,5 @@ def test_a_share_of_the_flops_gives_the_largest_budget_within_it(tiny_checkpoint
     for keep in (1, 7, 16):
         assert keep_for_share(spec, share(keep), visual_tokens=16, split_layer=2, text_tokens=8) == keep
     assert keep_for_share(spec, share(1) - 1e-9, visual_tokens=16, split_layer=2, text_tokens=8) is None
-    with pytest.raises(UsageError, match="a share of the FLOPs is above 0 and at most 1, got 1.5"):
+    with pytest.raises(UsageError, match=r"a share of the FLOPs is above 0 and at most 1, got 1\.5"):
         keep_for_share(spec, 1.5, visual_tokens=16, split_layer=2, text_tokens=8)
