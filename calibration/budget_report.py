@@ -199,7 +199,10 @@ def _per_image(found: PerImage, rule: Rule) -> list[str]:
         if row.accuracy is not None and row.fixed_accuracy is not None and row.accuracy_gain is not None:
             line += _against(row.accuracy, row.fixed_accuracy, row.accuracy_gain)
         lines.append(line + "  <- auto_keep" * (found.chosen == row))
-    lines.append("fixed: fixed budgets at the same average; gains paired over images, with 95 % intervals for all thresholds together")
+    lines.append(
+        "fixed: the best blind mix of two fixed budgets with the same average; gains are paired over images, their 95 % intervals hold for all "
+        "thresholds together"
+    )
     above, count = sum(row.above for row in found.thresholds), len(found.thresholds)
     better = f"budgets per image agree more than fixed ones at {above} of {count} thresholds"
     if found.chosen is not None:

@@ -1,9 +1,9 @@
 """Budgets per image: each takes the smallest budget that keeps a share T of its score mass, else the largest.
 
 Whether that is better than one budget for all is an empirical question: for each threshold T, the images' answers under their own budgets
-are compared with fixed budgets at the same average number of tokens (interpolated linearly between the neighbouring two, which a random
-draw of the budget for each image gives). Differences are paired over images; their intervals hold for all thresholds together
-(Bonferroni), since the best of several is looked for. Knows nothing about models.
+are compared with fixed budgets at the same average number of tokens: the best mix of two of them, given out to images blindly, which is
+linear interpolation. Differences are paired over images; their intervals hold for all thresholds together (Bonferroni), since the best of
+several is looked for. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Threshold:
         shares: of the images that take each budget, ascending by keep count.
         tokens: average keep count over images.
         agreement, accuracy: with 95 % intervals; accuracy None without labels.
-        fixed_agreement, fixed_accuracy: of fixed budgets at the same average.
+        fixed_agreement, fixed_accuracy: of the best blind mix of two fixed budgets with the same average.
         gain, accuracy_gain: the difference to them, the interval paired and for all thresholds together.
     """
 
@@ -104,25 +104,28 @@ def _against_fixed(
 ) -> tuple[Figure, float, Figure]:
     """The rule's share of good answers, that of fixed budgets at its average, and the difference."""
     own = np.take_along_axis(good, chosen[:, None], axis=1)[:, 0]
-    one = np.ones((1, len(chosen)))
+    one, average = np.ones((1, len(chosen))), budgets.keeps[chosen].mean()
+    below, above = np.flatnonzero(budgets.keeps <= average), np.flatnonzero(budgets.keeps >= average)
+    mixes = [(int(low), int(high)) for low in below for high in above if low < high]
+    best = max(mixes, key=lambda mix: float(_mixed(budgets, mix, chosen, good, total, one)[0]))
     share = resampler.ratio(own, total)
-    fixed = float(_fixed(budgets, chosen, good, total, one)[0])
+    fixed = float(_mixed(budgets, best, chosen, good, total, one)[0])
     if resampler.weights is None:
         return share, fixed, Figure(share.mean - fixed, None)
     drawn = resampler.weights[resampler.weights @ total > 0]
-    gains = drawn @ own / (drawn @ total) - _fixed(budgets, chosen, good, total, drawn)
+    gains = drawn @ own / (drawn @ total) - _mixed(budgets, best, chosen, good, total, drawn)
     return share, fixed, Figure(share.mean - fixed, bounds(gains, confidence))
 
 
-def _fixed(budgets: ImageBudgets, chosen: npt.NDArray[np.int64], good: Floats, total: Floats, weights: Floats) -> Floats:
-    """[resamples]: fixed budgets' share of good answers at the average number of tokens that `chosen` gives, in each resample."""
+def _mixed(
+    budgets: ImageBudgets, mix: tuple[int, int], chosen: npt.NDArray[np.int64], good: Floats, total: Floats, weights: Floats
+) -> Floats:
+    """[resamples]: the share of good answers of a mix of two fixed budgets, at the average number of tokens that `chosen` gives in each."""
+    low, high = mix
     keeps = budgets.keeps.astype(np.float64)
-    shares = weights @ good / (weights @ total)[:, None]
-    tokens = weights @ keeps[chosen] / weights.sum(axis=1)
-    lower = np.clip(np.searchsorted(keeps, tokens, side="right") - 1, 0, len(keeps) - 2)
-    part = (tokens - keeps[lower]) / (keeps[lower + 1] - keeps[lower])
-    rows = np.arange(len(weights))
-    mixed: Floats = shares[rows, lower] * (1 - part) + shares[rows, lower + 1] * part
+    shares = weights @ good[:, [low, high]] / (weights @ total)[:, None]
+    part = (weights @ keeps[chosen] / weights.sum(axis=1) - keeps[low]) / (keeps[high] - keeps[low])
+    mixed: Floats = shares[:, 0] * (1 - part) + shares[:, 1] * part
     return mixed
 
 

@@ -192,16 +192,15 @@ def test_budgets_per_image_are_all_in_the_plan(plain: Path, questions: Path, tmp
 
 def test_the_picture_shows_tables_with_and_without_labels_and_intervals() -> None:
     rows = [
-        measured(mode, split, keep, keep / 20 + split / 10, figure(0.8 + keep / 100, spread), control=mode == "random", **labels)
+        measured(mode, split, keep, keep / 20 + split / 10, figure(0.8 + keep / 100, [None, 0.02][split - 1]), control=mode == "random")
         for mode in ("trace", "random") for split in (1, 2) for keep in (4, 8)
-        for spread, labels in (((None, {}) if split == 1 else (0.02, {})),)
     ]  # fmt: skip
-    sizes = []
+    heights = []
     for chosen, unpruned in ((None, None), (rows[0], None), (rows[0], 0.9)):
         picture = Image.open(io.BytesIO(draw_budget(rows, chosen, "title", unpruned)))
-        sizes.append(picture.size)
-        assert picture.convert("L").getextrema()[0] < 100
-    assert sizes[0][1] < sizes[2][1]  # a second panel for accuracy
+        heights.append(picture.height)
+        assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 20
+    assert heights[0] == heights[1] < heights[2]  # a second panel for accuracy
 
 
 # ---------------------------------------------------------------- streaming
@@ -228,7 +227,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(
     plain: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evidence(capsys, plain, questions, tmp_path / "whole.json", *SMALL)["budget"]
-    measure, calls = agreement.AgreementReader.measure, []
+    measure = agreement.AgreementReader.measure
+    calls: list[int] = []
 
     def stopping(self: Any, *given: Any) -> Any:
         if len(calls) == 2:
@@ -251,10 +251,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(
     again = evidence(capsys, plain, questions, tmp_path / "plan.json", *SMALL, "--avg-keep", "9", "--seed", "1")["budget"]
     assert len(calls) == 6  # another rule or seed needs no model
     assert again["table"] != whole["table"]
-    assert (
-        "6 images from an earlier run"
-        in (budget.main(arguments(plain, questions, tmp_path / "plan.json", *SMALL)), capsys)[1].readouterr().out
-    )
+    assert budget.main(arguments(plain, questions, tmp_path / "plan.json", *SMALL)) == 0
+    assert "6 images from an earlier run" in capsys.readouterr().out
 
 
 def test_other_labels_are_measured_anew(plain: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
