@@ -54,6 +54,15 @@ class Outcomes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _ImageOutcome:
+    """One image's share of `Outcomes`; `text_tokens` int64 [questions]."""
+
+    right: np.ndarray
+    masses: np.ndarray
+    text_tokens: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
     """What is evaluated: a model, its splits and budgets.
 
@@ -90,7 +99,7 @@ class Evaluation:
             if not file.exists():
                 found = self._image(path, group, settings)
                 partial = file.with_suffix(".partial.npz")
-                np.savez_compressed(partial, **found)
+                np.savez_compressed(partial, right=found.right, masses=found.masses, text_tokens=found.text_tokens)
                 os.replace(partial, file)
         stored = [dict(np.load(file)) for file in files]
         return Outcomes(
@@ -114,7 +123,7 @@ class Evaluation:
         what = [path.name, hashlib.sha256(path.read_bytes()).hexdigest(), asked, [asdict(s) for s in self.settings()]]
         return hashlib.sha256(json.dumps([*what, table.double().abs().sum().item()]).encode()).hexdigest()[:24]
 
-    def _image(self, path: Path, group: Sequence[Question], settings: Sequence[Setting]) -> dict[str, np.ndarray]:
+    def _image(self, path: Path, group: Sequence[Question], settings: Sequence[Setting]) -> _ImageOutcome:
         image = load_image(path)
         seed = image_seed(image_hash(image))
         encoded, pixels = zip(*(encode(q, image, self.processor) for q in group), strict=True)
@@ -126,11 +135,8 @@ class Evaluation:
         for number, split in enumerate(self.splits):
             self._selectors(dense, split, seed, right, masses[number])
         self._neighbours(encoded, dense, embeds, image_token, right)
-        return {
-            "right": np.stack([right[s] for s in settings]),
-            "masses": masses,
-            "text_tokens": np.array([len(e.prompt_ids) - len(dense.prompt.visual_rows) for e in encoded]),
-        }
+        lengths = np.array([len(e.prompt_ids) - len(dense.prompt.visual_rows) for e in encoded])
+        return _ImageOutcome(np.stack([right[s] for s in settings]), masses, lengths)
 
     def _selectors(self, dense: DensePass, split: int, seed: int, right: dict[Setting, np.ndarray], masses: np.ndarray) -> None:
         chosen = selectors()

@@ -4,15 +4,13 @@
 |---|---|---|
 | FastV (arXiv 2403.06764) | before layer K | the attention that the prompt's last token pays in layer K-1, averaged over heads |
 | DivPrune (arXiv 2503.02175) | before layer 0 | largest smallest cosine distance among the kept image embeddings, greedily |
-| CDPruner-style (arXiv 2506.10967) | before layer 0 | a determinantal process over the image embeddings, conditioned on their relevance to the question |
+| CDPruner-style (arXiv 2506.10967) | before layer 0 | a determinantal process over the image embeddings, weighted by relevance |
 
-CDPruner takes the relevance from CLIP's text encoder; the small LLaVA has none, so the mean of the question's token embeddings stands in for
-it. FastV and CDPruner depend on the question: their prompts hold one question each.
+CDPruner takes the relevance to the question from CLIP's text encoder; the small LLaVA has none, so the mean of the question's token
+embeddings stands in for it. FastV and CDPruner depend on the question: their prompts hold one question each.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -73,7 +71,6 @@ def cdpruner_order(image_embeds: Tensor, question_embeds: Tensor, count: int) ->
         taken.append(best)
         left[taken] = -np.inf
     return np.array(taken, np.int64)
-
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
