@@ -200,7 +200,7 @@ def _per_image(found: PerImage, rule: Rule) -> list[str]:
             line += _against(row.accuracy, row.fixed_accuracy, row.accuracy_gain)
         lines.append(line + "  <- auto_keep" * (found.chosen == row))
     lines.append(
-        "fixed: the best blind mix of two fixed budgets with the same average; gains are paired over images, their 95 % intervals hold for all "
+        "fixed: the best blind mix of two fixed budgets with the same average; gains: paired over images, 95 % intervals for all "
         "thresholds together"
     )
     above, count = sum(row.above for row in found.thresholds), len(found.thresholds)
