@@ -98,6 +98,6 @@ def _heads(forward: PrunedForward, dense: DensePass, split_layer: int, selector:
         heads = forward.heads if selector.tensor == "query" else forward.kv_heads
     if selector.mode in ENTROPY_MODES and heads < MIN_TRACE_HEADS:
         raise UsageError(
-            f"{selector.mode} of {selector.tensor}s needs at least {MIN_TRACE_HEADS} heads, the model has {heads}: score the queries instead"
+            f"{selector.mode} of {selector.tensor}s needs {MIN_TRACE_HEADS} heads or more, the model has {heads}: score the queries instead"
         )
     return states.float().cpu().numpy().reshape(len(states), heads, -1)

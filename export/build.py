@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--avg-keep", type=float, metavar="A", help="the paper's budget: visual tokens averaged over all layers")
     budget.add_argument("--keep-percent", type=float, metavar="P", help="percent of the visual tokens kept after the split")
     parser.add_argument("--split-layer", type=int, metavar="K", help="layers before the pruning (default: the model's)")
-    parser.add_argument("--score-mode", default="trace", help="trace, row, raw; controls: random, energy-high, energy-low, uniform")
+    parser.add_argument("--score-mode", default="trace", help="trace, row, raw, dpp; controls: random, energy-high, energy-low, uniform")
     parser.add_argument("--precision", help="of the weights (default: the target's)")
     parser.add_argument("--max-context", type=int, metavar="C", help="largest prompt + answer in tokens (default: the model's)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="the bundle (default: bundles/MODEL-TARGET)")

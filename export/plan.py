@@ -82,7 +82,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     if options.score_mode in ("trace", "row", "raw") and spec.decoder.query_heads < MIN_SCORED_HEADS:
         raise UsageError(
             f"--score-mode {options.score_mode} needs at least {MIN_SCORED_HEADS} query heads, the model has {spec.decoder.query_heads}: "
-            "choose energy-high, energy-low, random or uniform"
+            "choose dpp, energy-high, energy-low, random or uniform"
         )
     return BuildPlan(
         model=model, target=target, checkpoint=checkpoint, spec=spec, weights=weights, split_layer=split,
