@@ -3,7 +3,7 @@
     python -m benchmarks.transformers                             # a random LLaVA of 576 visual tokens, 8 layers of 1024
     python -m benchmarks.transformers --output DIR && python -m runtime.profile --bundle DIR/bundle
     python -m benchmarks.transformers --checkpoint tiny_llava/checkpoint --model tiny-llava
-    python -m benchmarks.transformers --score                     # the score graph's time against LLaVA-1.5-7B's dense prefill
+    python -m benchmarks.transformers --score [--score-mode dpp]  # the score graph's time against LLaVA-1.5-7B's dense prefill
 
 Prefill is timed from embeddings to logits (vision tower left out on both sides), decode per token. Ratios are medians of pairs with a
 95 % bootstrap interval. The last line of stdout is one JSON object.
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="DIR", help="keep the checkpoint and the bundle here, to profile it")
     parser.add_argument("--runs", type=int, default=10, help="pairs of runs")
     parser.add_argument("--score", action="store_true", help="measure the score graph against 32 times one layer of LLaVA-1.5-7B instead")
+    parser.add_argument("--score-mode", default="trace", help="with --score: a mode that python -m export.build takes")
     return parser
 
 
@@ -46,7 +47,11 @@ def _run(args: argparse.Namespace) -> int:
 
     ThreadPool.use(None)
     with tempfile.TemporaryDirectory() as folder:
-        results = _score_share(Path(folder), args.runs) if args.score else _against_transformers(args, args.output or Path(folder))
+        results = (
+            _score_share(Path(folder), args.runs, args.score_mode)
+            if args.score
+            else _against_transformers(args, args.output or Path(folder))
+        )
     machine = dataclasses.asdict(Machine.here(ThreadPool.size))
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print(json.dumps({"machine": machine, **results}, default=str))
@@ -128,7 +133,7 @@ def _random_checkpoint(folder: Path) -> Path:
 # ---------------------------------------------------------------- the score's share
 
 
-def _score_share(folder: Path, runs: int) -> dict[str, Any]:
+def _score_share(folder: Path, runs: int, mode: str) -> dict[str, Any]:
     """The score graph at LLaVA-1.5-7B's shape against 32 times one of its layers, over 576 visual and 32 text tokens."""
     from export.graphs.decoder import build_decoder_half, pre_ecl
     from export.graphs.score import ScoreSpec, build_score
@@ -151,7 +156,7 @@ def _score_share(folder: Path, runs: int) -> dict[str, Any]:
 
     with WeightFile(folder / "weights.bin") as weights:
         layer = build_decoder_half(spec, pre_ecl(1), read, weights, 1024)
-    score = build_score(ScoreSpec(32, 128, 4096, 1, 166, "trace", 24, SEVEN_B_VISUAL))
+    score = build_score(ScoreSpec(32, 128, 4096, 1, KEEP, mode, 24, SEVEN_B_VISUAL))
     engines = {}
     for name, builder in (("layer", layer), ("score", score)):
         builder.save(folder / f"{name}.onnx")
@@ -166,13 +171,17 @@ def _score_share(folder: Path, runs: int) -> dict[str, Any]:
     states = rng.normal(size=(SEVEN_B_VISUAL, 4096)).astype(np.float32)
     rows: dict[str, np.ndarray] = {names.SCORE_STATES: states, names.HIDDEN_STATES: hidden[0, :SEVEN_B_VISUAL],
             names.POSITION_IDS: np.arange(SEVEN_B_VISUAL)[None]}  # fmt: skip
+    if mode == "random":
+        rows[names.IMAGE_SEED] = np.array([0])
     pairs = []
     for run in range(runs + WARMUP):
         one_layer = _seconds(lambda: engines["layer"].run(feeds, [names.HIDDEN_STATES], cache))
         pairs.append((_seconds(lambda: engines["score"].run(rows, [names.KEPT_INDICES])), SEVEN_B_LAYERS * one_layer))
         print(f"\rpair {run + 1} of {runs + WARMUP}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    print(f"score graph / {SEVEN_B_LAYERS} x one layer of LLaVA-1.5-7B, {SEVEN_B_VISUAL} + {TEXT_TOKENS} tokens, fp32, {runs} pairs")
+    print(
+        f"score graph ({mode}) / {SEVEN_B_LAYERS} x one layer of LLaVA-1.5-7B, {SEVEN_B_VISUAL} + {TEXT_TOKENS} tokens, fp32, {runs} pairs"
+    )
     return {"score_share": _ratio("score / dense prefill", pairs[WARMUP:])}
 
 

@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan", metavar="FILE", help="a calibration's plan.json: split layer, budgets and score mode, where no option gives them"
     )
-    parser.add_argument("--score-mode", help="trace (the default), row, raw; controls: random, energy-high, energy-low, uniform")
+    parser.add_argument("--score-mode", help="trace, row, raw, dpp; controls: random, energy-high, energy-low, uniform")
     parser.add_argument("--precision", help="of the weights (default: the target's)")
     parser.add_argument("--max-context", type=int, metavar="C", help="largest prompt + answer in tokens (default: the model's)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="the bundle (default: bundles/MODEL-TARGET)")

@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, LlamaModel, LlavaForConditionalGeneration
 
-from export.exact_score import SCORELESS_MODES, check_score_mode, checked_indices, select_tokens, token_scores
+from export.exact_dpp import dpp_order
+from export.exact_score import HIDDEN_MODES, SCORELESS_MODES, check_score_mode, checked_indices, select_tokens, token_scores
 from runtime.errors import CheckpointError, InputError, UsageError
 
 __all__ = ["EagerPrunedLlava", "Prefill", "Selection", "encode_question", "load_llava"]
@@ -37,7 +38,8 @@ class Selection:
 
     Attributes:
         kept_indices: int64 [R], ascending, counted within the prompt's visual tokens (0..N-1).
-        scores: float64 [N]; the largest are kept. NaN where the mode defines no score (`random`, `uniform`).
+        scores: float64 [N]; the largest are kept. NaN where the mode defines no score (`random`, `uniform`). `dpp`: a variance, see
+            `export.exact_dpp`.
     """
 
     kept_indices: np.ndarray
@@ -189,7 +191,7 @@ class EagerPrunedLlava:
         self._cache, self._next_position = DynamicCache(), len(embeds)
         with self._captured_queries() as queries:
             states = self._run_layers(embeds, positions, 0, self.split_layer)
-        selection = self._select(queries[0][visual_rows], kept_indices)
+        selection = self._select(queries[0][visual_rows], states[-1][visual_rows], kept_indices)
         if selection is not None:
             stays = torch.ones(len(embeds), dtype=torch.bool)
             stays[visual_rows] = False
@@ -299,15 +301,21 @@ class EagerPrunedLlava:
         finally:
             hook.remove()
 
-    def _select(self, queries: Tensor, kept_indices: np.ndarray | None) -> Selection | None:
-        """Chooses among the visual tokens, whose queries are [N, H * d_h]."""
+    def exact_selection(self, queries: Tensor, hidden: Tensor, keep: int) -> Selection:
+        """The mode's choice of `keep` visual tokens by queries [N, H * d_h] of layer K-1, or by hidden states [N, d] entering layer K."""
+        if self.score_mode in HIDDEN_MODES:
+            order, variances = dpp_order(hidden.numpy(), keep)
+            return Selection(np.sort(order), variances)
+        scores = token_scores(queries.reshape(len(queries), self.heads, -1), self.score_mode)
+        return Selection(select_tokens(scores, keep), scores)
+
+    def _select(self, queries: Tensor, hidden: Tensor, kept_indices: np.ndarray | None) -> Selection | None:
         n = len(queries)
         if kept_indices is not None:
             kept = checked_indices(kept_indices, n, self.keep)
-            return Selection(kept, token_scores(queries.view(n, self.heads, -1), self.score_mode)) if len(kept) else None
+            return Selection(kept, self.exact_selection(queries, hidden, len(kept)).scores) if len(kept) else None
         if self.keep is None or self.keep >= n:
             return None
         if self.score_mode in SCORELESS_MODES:
             raise UsageError(f"the reference does not choose tokens by {self.score_mode!r}: give kept_indices")
-        scores = token_scores(queries.view(n, self.heads, -1), self.score_mode)
-        return Selection(select_tokens(scores, self.keep), scores)
+        return self.exact_selection(queries, hidden, self.keep)

@@ -13,10 +13,11 @@ import numpy.typing as npt
 from runtime.errors import UsageError
 from runtime.names import SCORE_MODES, SCORELESS_MODES
 
-__all__ = ["SCORELESS_MODES", "check_score_mode", "checked_indices", "select_tokens", "token_scores"]
+__all__ = ["HIDDEN_MODES", "SCORELESS_MODES", "check_score_mode", "checked_indices", "select_tokens", "token_scores"]
 
 EIGENVALUE_FLOOR = 1e-10  # eigenvalues are clamped here before the logarithm, as in the paper's code
 ENTROPY_MODES = ("trace", "row", "raw")
+HIDDEN_MODES = ("dpp",)  # of hidden states, not of heads: see `export.exact_dpp`
 
 
 def token_scores(queries: npt.ArrayLike, mode: str) -> np.ndarray:
@@ -28,17 +29,19 @@ def token_scores(queries: npt.ArrayLike, mode: str) -> np.ndarray:
 
     Args:
         queries: [N, H, d_h], any float dtype; a torch tensor on the CPU without gradients serves too.
-        mode: one of `runtime.names.SCORE_MODES`.
+        mode: one of `runtime.names.SCORE_MODES` besides `dpp`.
 
     Returns:
         float64 [N]; the largest are kept. NaN for a token that is not finite, and for all where the mode has no score.
 
     Raises:
-        UsageError: unknown mode, or fewer heads than the mode needs.
+        UsageError: unknown mode, fewer heads than the mode needs, or `dpp`, which looks at hidden states.
     """
     q = np.asarray(queries, np.float64)
     heads = q.shape[1]
     check_score_mode(mode, heads)
+    if mode in HIDDEN_MODES:
+        raise UsageError(f"score mode {mode!r} has no score of heads: give the hidden states to export.exact_dpp.dpp_order")
     if mode in SCORELESS_MODES:
         return np.full(len(q), np.nan)
     finite = np.asarray(np.isfinite(q).all(axis=(1, 2)))
@@ -76,7 +79,7 @@ def check_score_mode(mode: str, heads: int | None) -> None:
     """Refuses unknown modes and, with `heads`, too few of them: after centring, the rank is at most H - 1."""
     if mode not in SCORE_MODES:
         raise UsageError(f"unknown score mode {mode!r}, expected one of {', '.join(SCORE_MODES)}")
-    needed = 1 if mode in SCORELESS_MODES else 3 if mode in ("trace", "row") else 2
+    needed = 1 if mode in (*SCORELESS_MODES, *HIDDEN_MODES) else 3 if mode in ("trace", "row") else 2
     if heads is not None and heads < needed:
         raise UsageError(
             f"score mode {mode!r} is the same for all tokens with {heads} heads, it needs at least {needed}: choose another mode"

@@ -15,7 +15,7 @@ from onnx import shape_inference
 
 _ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Sqrt", "Exp", "Log", "Sigmoid", "Softmax", "Gelu", "ReduceMean", "ReduceSum", "LayerNormalization",
-    "Pow", "Neg", "Max", "Min", "Abs", "Reciprocal",
+    "Pow", "Neg", "Max", "Min", "Abs", "Reciprocal", "ReduceSumSquare", "ReduceMax", "ReduceMin",
 }  # fmt: skip
 
 
@@ -50,7 +50,8 @@ def count_flops(graph: Path, sizes: Mapping[str, int]) -> Flops:
             left, out = shapes[node.input[0]], shapes[node.output[0]]
             if not prod(out) or not prod(left):
                 raise ValueError(f"the shape of {node.op_type} {node.name} is not known in {graph.name}: {left} -> {out}")
-            inner = prod(shapes[node.input[1]][1:]) if node.op_type == "Conv" else left[-1]
+            turned = any(a.name == "transA" and a.i for a in node.attribute)
+            inner = prod(shapes[node.input[1]][1:]) if node.op_type == "Conv" else left[0] if turned else left[-1]
             matmul += 2 * prod(out) * inner
         elif node.op_type in _ELEMENTWISE:
             elementwise += prod(shapes.get(node.output[0], (0,)))

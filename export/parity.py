@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from export.eager import EagerPrunedLlava, Prefill
-from export.exact_score import select_tokens, token_scores
+from export.exact_dpp import greedy_shortfall, log_determinant
+from export.exact_score import HIDDEN_MODES, select_tokens
 from export.tolerances import GREEDY_TOKENS, RELATIVE
 from runtime import names
 from runtime.chain import EngineChain
@@ -40,11 +41,21 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class SelectionQuality:
-    """The score graph's kept set against the exact one: share in common, and how far a swapped token is from the threshold."""
+    """The score graph's kept set against the exact one.
+
+    Attributes:
+        overlap: the share in common.
+        swap_distance: how far a swapped token's score is from the threshold. 0 with `dpp`, where one choice changes the scores after it.
+        score_error: largest difference of a score; NaN with `dpp` where the sets differ, for the same reason.
+        shortfall: `dpp` only: see `export.exact_dpp.greedy_shortfall`, of the graph's order on the reference's hidden states.
+        determinant_gap: `dpp` only: between the log-determinants of the two sets, for each kept token; 0 where they are the same.
+    """
 
     overlap: float
     swap_distance: float
     score_error: float
+    shortfall: float = 0.0
+    determinant_gap: float = 0.0
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray | torch.Tensor) -> float:
@@ -93,17 +104,20 @@ def compare_continuation(chain: EngineChain, prompt: Prompt, tokens: Sequence[in
 
 
 def compare_selection(chain: EngineChain, eager: EagerPrunedLlava, prompt: Prompt, keep: int) -> tuple[SelectionQuality, np.ndarray]:
-    """The score graph's choice against float64 scores of the eager model's queries; also returns the graph's kept indices."""
+    """The score graph's choice against the float64 definition on the eager model's tensors; also returns the graph's kept indices."""
     reference = eager.prefill(torch.from_numpy(prompt.ids.input_ids)[None], _tensor(prompt.pixel_values))
     conversation, _ = chain.prefill(
         prompt.ids.input_ids, prompt.ids.visual_mask, prompt.pixel_values, keep=keep, image_seed=prompt.image_seed
     )
     kept = conversation.kept_indices
-    states = reference.score_states[torch.from_numpy(prompt.ids.visual_mask)]
-    exact = token_scores(states.reshape(len(states), eager.heads, -1), eager.score_mode)
-    entropy = conversation.token_entropy
-    error = float(np.abs(entropy - exact).max()) if entropy is not None else float("nan")
-    return selection_quality(exact, kept, error), kept
+    visual = torch.from_numpy(prompt.ids.visual_mask)
+    hidden = reference.hidden_states[visual]
+    exact = eager.exact_selection(reference.score_states[visual], hidden, len(kept))
+    scores = conversation.token_entropy
+    if eager.score_mode in HIDDEN_MODES:
+        return determinantal_quality(hidden.numpy(), exact.kept_indices, exact.scores, kept, scores), kept
+    error = float(np.abs(scores - exact.scores).max()) if scores is not None else float("nan")
+    return selection_quality(exact.scores, kept, error), kept
 
 
 def selection_quality(exact: np.ndarray, kept: np.ndarray, score_error: float = float("nan")) -> SelectionQuality:
@@ -113,6 +127,24 @@ def selection_quality(exact: np.ndarray, kept: np.ndarray, score_error: float = 
     swapped = np.setxor1d(kept, best)
     distance = float(np.abs(exact[swapped] - threshold).max()) if len(swapped) else 0.0
     return SelectionQuality(len(np.intersect1d(kept, best)) / len(kept), distance, score_error)
+
+
+def determinantal_quality(
+    hidden: np.ndarray, best: np.ndarray, exact: np.ndarray, kept: np.ndarray, scores: np.ndarray | None
+) -> SelectionQuality:
+    """Compares a set that was chosen by `dpp` with the exact one.
+
+    Args:
+        hidden: [N, d], what the exact set `best` [R] and its variances `exact` [N] were computed from.
+        kept: [R], ascending; `scores` [N] are the variances that it was chosen by, which tell the order; None where nothing was scored.
+    """
+    if scores is None:
+        return SelectionQuality(len(np.intersect1d(kept, best)) / len(kept), 0.0, float("nan"), float("inf"), float("inf"))
+    order = kept[np.argsort(-np.nan_to_num(scores[kept], nan=-1.0), kind="stable")]
+    same = np.array_equal(kept, best)
+    error = float(np.abs(scores - exact).max()) if same else float("nan")
+    gap = 0.0 if same else abs(log_determinant(hidden, kept) - log_determinant(hidden, best)) / len(kept)
+    return SelectionQuality(len(np.intersect1d(kept, best)) / len(kept), 0.0, error, greedy_shortfall(hidden, order), gap)
 
 
 # ---------------------------------------------------------------- controls: each must fail

@@ -118,7 +118,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     if score_mode in ("trace", "row", "raw") and spec.decoder.query_heads < MIN_SCORED_HEADS:
         raise UsageError(
             f"--score-mode {score_mode} needs at least {MIN_SCORED_HEADS} query heads, the model has {spec.decoder.query_heads}: "
-            "choose energy-high, energy-low, random or uniform"
+            "choose dpp, energy-high, energy-low, random or uniform"
         )
     budgets = _budgets(options, model, spec, split)
     return BuildPlan(

@@ -22,6 +22,7 @@ SCORE_WORDS = {
     "trace": "matrix entropy of a token's query heads, their spectrum divided by its sum; the highest are kept",
     "row": "matrix entropy of a token's query heads, each divided by its norm; the highest are kept",
     "raw": "matrix entropy of a token's query heads as they are; the highest are kept",
+    "dpp": "how much of a token's hidden state those kept before it leave open (greedy determinant); the highest are kept",
     "random": "a control: tokens drawn at random, the same for the same image",
     "energy-high": "a control: the energy of a token's query heads; the highest are kept",
     "energy-low": "a control: the energy of a token's query heads; the lowest are kept",

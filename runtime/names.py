@@ -31,7 +31,7 @@ MANIFEST_FILE = "bundle.json"
 REPORT_FILE = "report.json"
 VERIFY_FILE = "verify.json"
 
-SCORE_MODES = ("trace", "row", "raw", "random", "energy-high", "energy-low", "uniform")
+SCORE_MODES = ("trace", "row", "raw", "dpp", "random", "energy-high", "energy-low", "uniform")
 SCORELESS_MODES = ("random", "uniform")  # their scores look at no activation
 
 

@@ -107,7 +107,7 @@ class Explanation:
     Attributes:
         budgets: the keep counts that the bundle holds.
         by_rank: the kept tokens are those of the highest scores over the whole prompt (not so over several messages, each with its own
-            budget, or where nothing was scored), so that other budgets can be shown without running them.
+            budget, or where nothing was scored), so that other budgets, up to `most_by_rank`, can be shown without running them.
         auto_budgets: the budget chosen for each message's images, by `auto_keep`'s share of the scores' mass; empty without a choice.
         prompt, answer: None where no question was asked.
         ttft_ms: milliseconds to the first token; None where no question was asked.
@@ -154,7 +154,14 @@ class Explanation:
     @property
     def score_name(self) -> str:
         """What the scores are."""
+        if self.score_mode == "dpp":
+            return "variance of a token, given those kept (dpp)"
         return f"{'matrix entropy' if self.score_mode in ENTROPY_MODES else 'score'} of a token ({self.score_mode})"
+
+    @property
+    def most_by_rank(self) -> int:
+        """The largest budget whose tokens the scores tell: with `dpp` this run's, as each further token would change the scores."""
+        return self.kept if self.score_mode == "dpp" else len(self.tokens)
 
     @property
     def run(self) -> str:

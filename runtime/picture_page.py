@@ -49,7 +49,7 @@ TEMPLATE = """\
 {% if e.by_rank %}
 <form class="slider" id="slider" hidden>
 <label for="keep">Keep by score <output id="keep-shown" for="keep">{{ e.kept }}</output> of {{ count }}</label>
-<input type="range" id="keep" min="1" max="{{ count }}" value="{{ e.kept }}" list="budgets">
+<input type="range" id="keep" min="1" max="{{ e.most_by_rank }}" value="{{ e.kept }}" list="budgets">
 <datalist id="budgets">{% for budget in e.budgets %}<option value="{{ budget }}"></option>{% endfor %}</datalist>
 <p><span id="state" aria-live="polite">As it was run.</span> <button type="button" id="reset" hidden>Back to the run</button></p>
 </form>

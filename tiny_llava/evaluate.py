@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, help="evaluate this bundle alone (default: build and compare the record's settings)")
     parser.add_argument("--keep", help="with --bundle or --splits: visual tokens kept, all or auto (default: the bundle's first budget)")
     parser.add_argument("--splits", metavar="K[,K...]", help="compare split layers and score modes instead, keeping --keep tokens")
-    parser.add_argument("--modes", default="trace,row,raw,energy-high,random", metavar="M[,M...]", help="with --splits")
+    parser.add_argument("--modes", default="trace,row,raw,dpp,energy-high,random", metavar="M[,M...]", help="with --splits")
     parser.add_argument("--limit", type=int, help="only the first questions")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     return parser

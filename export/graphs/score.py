@@ -3,7 +3,7 @@
 | input | dtype | shape | |
 |---|---|---|---|
 | `score_states` | float32 | [N, H * d_h] | queries of layer K-1 as projected: unscaled, before rotary embedding |
-| `hidden_states` | float32 | [N, d] | what layer K would read |
+| `hidden_states` | float32 | [N, d] | what layer K would read; all that `dpp` looks at |
 | `position_ids` | int64 | [P, N] | P = 1, or 3 rows for M-RoPE |
 | `image_seed` | int64 | [1] | mode `random` only: the same image always loses the same tokens |
 
@@ -15,7 +15,7 @@
 | `token_entropy` | float32 | [N] | the value that ranks the tokens, whatever the mode: largest kept |
 
 R is constant, N symbolic unless given; 1 <= R <= N. Of equal scores the lower index is kept (ONNX defines TopK so). Scores that are
-not finite rank lowest, and stay visible in `token_entropy`.
+not finite rank lowest, and stay visible in `token_entropy`. The first three inputs are there even where a mode has no use for them.
 
 A token is a matrix of its H heads, Q [H, d_h]; Z = Q minus the mean over heads; t the trace of A = Z Z^T / H; S the entropy, in nats,
 of A's spectrum divided by its sum. Z Z^T and Z^T Z share their nonzero eigenvalues, so the smaller one is used; H stays the denominator.
@@ -26,6 +26,7 @@ of A's spectrum divided by its sum. Z Z^T and Z^T Z share their nonzero eigenval
 | `raw` | t (S - ln t) / ln H, the entropy of A as it is |
 | `row` | the same, after the rows of Z are divided by their norms |
 | `energy-high`, `energy-low` | t, -t |
+| `dpp` | not of the queries: the variance of a hidden state when its token was taken, see `export.graphs.dpp` |
 | `random`, `uniform` | see `export.graphs.controls` |
 
 A trace below 1e-30 counts as zero and scores 0. float32 throughout, matrix products too: TF32 or half precision moves the kept set.
@@ -39,7 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from export.graphs import controls, entropy
+from export.graphs import controls, dpp, entropy
 from export.graphs.builder import GraphBuilder
 from export.graphs.controls import random_scores, uniform_scores
 from runtime import names
@@ -91,7 +92,7 @@ class ScoreSpec:
         if self.mode in ENTROPY_MODES and self.heads < 3:
             raise UsageError(
                 f"score mode {self.mode!r} needs at least 3 heads, got {self.heads}: after centring over them the entropy is always 0; "
-                "score another tensor, or use energy-high, energy-low, random or uniform"
+                "score another tensor, or use dpp, energy-high, energy-low, random or uniform"
             )
         if self.mode in ENTROPY_MODES and self.head_size < 2:
             raise UsageError(f"score mode {self.mode!r} needs a head size of at least 2, got {self.head_size}: every entropy would be 0")
@@ -114,6 +115,8 @@ def build_score(spec: ScoreSpec) -> GraphBuilder:
         scores = controls.random_graph(b, seed, _indices(b, hidden, spec))
     elif spec.mode == "uniform":
         scores = controls.uniform_graph(b, b.size(hidden, 0), _indices(b, hidden, spec), spec.grid_width)
+    elif spec.mode == "dpp":
+        scores = dpp.dpp_variances(b, hidden, spec.keep)
     else:
         scores = _activation_scores(b, states, spec)
     kept = _select(b, scores, spec.keep)

@@ -28,8 +28,9 @@ from tests.models import tiny_llava_checkpoint
 ALLOWED = {
     "Abs", "Add", "And", "Cast", "Clip", "Concat", "Cos", "Div", "Equal", "Erf", "Exp", "Expand", "Gather", "Gelu", "Gemm", "Greater",
     "GreaterOrEqual", "Identity", "LayerNormalization", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Not",
-    "Or", "Pow", "Range", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Reshape", "ScatterND", "Shape", "Sigmoid", "Sin",
-    "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
+    "Or", "Pow", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare", "Reshape",
+    "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice",
+    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 MODES = names.SCORE_MODES
 

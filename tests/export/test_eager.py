@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from export.eager import EagerPrunedLlava, Prefill, load_llava
+from export.exact_dpp import dpp_order
 from export.exact_score import select_tokens, token_scores
 from runtime.errors import CheckpointError, InputError, UsageError
 from runtime.names import SCORE_MODES
@@ -312,7 +313,9 @@ def test_scores_follow_from_singular_values_of_either_gram(mode: str, shape: tup
 
 def test_modes_rank_tokens_differently() -> None:
     queries = torch.from_numpy(np.random.default_rng(1).normal(size=(40, 8, 16)) * np.linspace(0.05, 1, 40)[:, None, None])
-    choices = {mode: tuple(select_tokens(token_scores(queries, mode), 10)) for mode in SCORE_MODES if mode not in ("random", "uniform")}
+    choices = {
+        mode: tuple(select_tokens(token_scores(queries, mode), 10)) for mode in SCORE_MODES if mode not in ("random", "uniform", "dpp")
+    }
     assert len(set(choices.values())) == len(choices)
     assert np.mean(choices["energy-high"]) > 33
     assert 10 < np.mean(choices["raw"]) < 30  # energies near e^(S - 1), where the raw entropy is largest
@@ -327,6 +330,18 @@ def test_rotary_embedding_leaves_scores_alone() -> None:
         np.testing.assert_allclose(token_scores(queries @ rotation, mode), token_scores(queries, mode), atol=1e-12)
     scaled = token_scores(queries / 4, "raw")
     assert np.abs(scaled - token_scores(queries, "raw")).min() > 0.01  # why raw scores need the query unscaled
+
+
+def test_mode_dpp_chooses_by_the_hidden_states_that_enter_the_split_layer(tiny: Tiny) -> None:
+    ids, pixels = prompt(1)
+    result = EagerPrunedLlava(tiny(), 2, 4, "dpp").prefill(ids, pixels)
+    visual = (ids[0] == IMAGE_ID).numpy()
+    order, variances = dpp_order(result.hidden_states.numpy()[visual], 4)
+    assert result.selection is not None
+    np.testing.assert_array_equal(result.selection.kept_indices, np.sort(order))
+    np.testing.assert_array_equal(result.selection.scores, variances)
+    for wrong in (result.layer_states[0], result.inputs_embeds, result.score_states):
+        assert np.abs(dpp_order(wrong.numpy()[visual], 4)[1] - variances).max() > 0.01
 
 
 @pytest.mark.parametrize("mode", ["trace", "row", "raw"])
@@ -361,7 +376,7 @@ def test_the_lower_index_wins_a_tie() -> None:
     assert select_tokens(np.array([np.nan, np.nan, -5.0]), 2).tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("mode", ["random", "uniform", "trace"])
+@pytest.mark.parametrize("mode", ["random", "uniform", "trace", "dpp"])
 def test_given_indices_replace_the_choice(mode: str, tiny: Tiny) -> None:
     model = tiny()
     ids, pixels = prompt(1)
@@ -369,7 +384,7 @@ def test_given_indices_replace_the_choice(mode: str, tiny: Tiny) -> None:
     result = EagerPrunedLlava(model, 2, 3, mode).prefill(ids, pixels, kept_indices=given)
     assert result.selection is not None
     assert result.selection.kept_indices.tolist() == [0, 3, 8]
-    assert np.isfinite(result.selection.scores).all() == (mode == "trace")
+    assert np.isfinite(result.selection.scores).all() == (mode in ("trace", "dpp"))
     assert result.position_ids.tolist() == [0, 1, 2, 3, 6, 11, *range(12, 17)]
     other = EagerPrunedLlava(model, 2, None).prefill(ids, pixels, kept_indices=np.array([0, 4, 8]))
     assert difference(result.logits[-1], other.logits[-1]) > DIFFERENT

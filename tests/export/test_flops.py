@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from export.build import build_bundle
 from export.flops import count_flops, decoder_flops
+from export.graphs.score import ScoreSpec, build_score
 from export.plan import BuildOptions, BuildPlan, make_plan
 from export.report import TEXT_TOKENS, describe_report, format_bytes, format_flops, make_report
 from runtime.manifest import Manifest, read_manifest
@@ -57,6 +58,23 @@ def test_a_matrix_product_counts_two_per_multiply_add(tmp_path: Path) -> None:
     path = save_graph(tmp_path / "g.onnx", nodes, {"x": [1, "n", 5]}, {"z": [1, "n", 7]}, w=np.ones((5, 7)), b=np.ones(7))
     counted = count_flops(path, {"n": 3})
     assert (counted.matmul, counted.elementwise) == (2 * 3 * 5 * 7, 3 * 7)
+
+
+def test_a_product_with_its_left_side_turned_counts_the_same(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["z"], transA=1)]
+    path = save_graph(tmp_path / "g.onnx", nodes, {"x": [5, "n"]}, {"z": ["n", 7]}, w=np.ones((5, 7)), b=np.ones(7))
+    assert count_flops(path, {"n": 3}).matmul == 2 * 3 * 5 * 7
+
+
+def test_the_graph_of_mode_dpp_counts_its_kernel_its_means_and_a_growing_factor(tmp_path: Path) -> None:
+    n, d, keep = 64, 48, 11
+    spec = ScoreSpec(heads=8, head_size=6, hidden_size=d, position_rows=1, keep=keep, mode="dpp", grid_width=8)
+    build_score(spec).save(tmp_path / "score.onnx")
+    counted = count_flops(tmp_path / "score.onnx", {"N": n})
+    assert counted.matmul == 2 * n * n * d + 2 * (2 * n * d) + sum(2 * n * r for r in range(1, keep))
+    step = 2 + 3 * n  # Max, Sqrt; Div, ReduceSumSquare, Sub
+    before = n * d * 7 + n * n  # Abs twice, Div, Sub twice, Mul; the sizes of tokens below
+    assert before - n * d < counted.elementwise - keep * step < before + 12 * n
 
 
 def test_a_convolution_counts_its_kernel(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from export.build import build_bundle
 from export.eager import EagerPrunedLlava
-from export.parity import Check, compare_prompt, negative_controls, relative_error, selection_quality
+from export.parity import Check, compare_prompt, compare_selection, negative_controls, relative_error, selection_quality
 from export.plan import BuildOptions, make_plan
 from export.tolerances import RELATIVE
-from export.verify import synthetic_images, verify
+from export.verify import _selection_checks, synthetic_images, verify
 from runtime import names
 from runtime.generation import Stopwatch
 from runtime.pipeline import VisionLanguageModel, load
@@ -41,6 +41,7 @@ CASES = (
          {"attention_bias": True, "strategy": "full", "feature_layer": -1, "image_size": 28}),
     Case("tied embeddings, other rotary base, no projector bias", 2, (5,),
          {"tied": True, "rope_theta": 5e5, "projector_bias": False, "image_size": 42}, "energy-high"),
+    Case("kept by the greedy determinant", 2, (6, 1), {"image_size": 56}, "dpp"),
     Case("one visual token in all", 2, (1,), {"image_size": 14}),
 )  # fmt: skip
 
@@ -60,6 +61,36 @@ def test_chain_equals_eager_pruned_model(case: Case, tmp_path: Path) -> None:
     assert [c["name"] for c in report["checks"] if not c["passed"]] == []
     if model.manifest.geometry.visual_tokens >= 4:
         assert sum(c["must_fail"] for c in report["checks"]) == (3 if case.split_layer < 3 else 2)
+
+
+def test_mode_dpp_keeps_what_the_eager_model_keeps_and_says_the_same(tmp_path: Path) -> None:
+    model, reference = exported(tmp_path, Case("", 2, (6,), {"image_size": 56}, "dpp"))
+    pruned = EagerPrunedLlava(tmp_path / "checkpoint", 2, 6, "dpp")
+    others = {mode: EagerPrunedLlava(tmp_path / "checkpoint", 2, 6, mode) for mode in ("trace", "energy-high")}
+    for image in synthetic_images(8, 56):
+        prompt = model.prompts.build("hello", [image])
+        conversation, logits = model.chain.prefill(prompt.ids.input_ids, prompt.ids.visual_mask, prompt.pixel_values, keep=6)
+        expected = pruned.prefill(_ids(prompt), _pixels(prompt))
+        assert expected.selection is not None
+        assert conversation.kept_indices.tolist() == expected.selection.kept_indices.tolist()
+        assert relative_error(logits, expected.logits[-1]) < RELATIVE["logits", "fp32"]
+        quality = compare_selection(model.chain, reference, prompt, 6)[0]
+        assert (quality.overlap, quality.shortfall, quality.determinant_gap) == (1.0, 0.0, 0.0)
+        assert quality.score_error < 1e-5  # measured 1.1e-6
+        for other in others.values():
+            choice = other.prefill(_ids(prompt), _pixels(prompt)).selection
+            assert choice is not None
+            assert choice.kept_indices.tolist() != conversation.kept_indices.tolist()
+
+
+def test_a_chain_that_keeps_other_tokens_than_the_greedy_ones_fails_verification(tmp_path: Path) -> None:
+    """The bundle says `dpp` and holds the graph of another mode."""
+    model, reference = exported(tmp_path, Case("", 2, (6,), {"image_size": 56}, "trace"))
+    reference.score_mode = "dpp"
+    qualities = [compare_selection(model.chain, reference, model.prompts.build("hello", [i]), 6)[0] for i in synthetic_images(4, 56)]
+    checks = list(_selection_checks("dpp", qualities))
+    assert [c.passed for c in checks] == [False, False]
+    assert [c.name for c in checks] == ["selection: variance forgone by a step", "selection: ln det from the exact set's, per kept token"]
 
 
 def test_debug_outputs_are_every_layers_hidden_states_and_every_rows_logits(tmp_path: Path) -> None:

@@ -37,9 +37,9 @@ ERRORS = {
 }
 # What TensorRT-RTX 1.7 was seen to build; NonZero, Unique, Compress, Einsum, Det, Loop and Scan must stay out.
 OPERATORS = {
-    "Abs", "Add", "Cast", "Concat", "Div", "Gather", "Greater", "Identity", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Mod", "Mul",
-    "Neg", "Range", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Reshape", "Shape", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "TopK",
-    "Transpose", "Where",
+    "Abs", "Add", "Cast", "Concat", "Div", "Gather", "Gemm", "Greater", "Identity", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Mod",
+    "Mul", "Neg", "Range", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare", "Reshape", "ScatterElements", "Shape",
+    "Slice", "Split", "Sqrt", "Squeeze", "Sub", "TopK", "Transpose", "Where",
 }  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def test_what_cannot_be_built_is_refused_with_the_reason(changes: dict, message:
 
 def test_modes_without_entropy_accept_two_heads() -> None:
     states = synthetic_states("gaussian", 16, 2, 24)
-    for mode in ("energy-high", "energy-low", "random", "uniform"):
+    for mode in ("dpp", "energy-high", "energy-low", "random", "uniform"):
         assert len(run(spec_of(mode, heads=2), states)[2]) == 10
 
 

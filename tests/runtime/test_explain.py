@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,19 @@ def test_the_script_gets_what_another_budget_would_keep(model: VisionLanguageMod
     assert [has["value"] for has, _ in parsed.find("option")] == ["4", "2"], "the budgets of the bundle"
     (form,) = parsed.find("form")
     assert "hidden" in form[0], "without a script there is no slider"
+
+
+def test_mode_dpp_is_named_and_offers_no_budget_above_the_run_whose_scores_it_cannot_know(model: VisionLanguageModel) -> None:
+    by_entropy = explained(model, rising(2 * N), (29, 30, 31), 2)
+    by_variance = replace(by_entropy, score_mode="dpp")
+    assert by_entropy.score_name == "matrix entropy of a token (trace)"
+    assert by_variance.score_name == "variance of a token, given those kept (dpp)"
+    parsed = Page(page(by_variance))
+    (slider,) = parsed.find("input", id="keep")
+    assert (slider[0]["min"], slider[0]["max"], slider[0]["value"]) == ("1", "3", "3")
+    assert ("variance of a token, given those kept (dpp)", "matrix entropy" in page(by_variance)) == (
+        parsed.find("div", class_="bar-title")[0][1], False
+    )  # fmt: skip
 
 
 def test_other_budgets_are_shown_only_where_scores_decided(model: VisionLanguageModel) -> None:
