@@ -29,7 +29,6 @@ from calibration.resampling import Resampler
 from calibration.subject import Subject, now
 from export import TOOL_VERSION
 from export.calibration_plan import CalibrationPlan
-from export.plan import DEFAULT_SCORE_MODE
 from runtime.errors import UsageError
 from runtime.files import write_file
 from runtime.manifest import sha256_of
@@ -140,7 +139,7 @@ def find_budget(search: BudgetSearch, files: BudgetFiles) -> FoundBudget:
 def _grid(search: BudgetSearch, subject: Subject, old: CalibrationPlan | None) -> Grid:
     usual = subject.model.split_layer
     splits: Sequence[int] = (usual - 1, usual, usual + 1) if old is None else (old.split_layer,)
-    mode = DEFAULT_SCORE_MODE if old is None or old.score_mode is None else old.score_mode
+    mode = subject.model.score_mode if old is None or old.score_mode is None else old.score_mode
     return make_grid(
         subject.spec, mode, splits, modes=search.modes, splits=search.splits, keeps=search.keeps, more_keeps=search.auto_budgets
     )

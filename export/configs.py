@@ -19,6 +19,7 @@ from typing import Any
 import configs
 from export.spec import ClipVisionSpec, DecoderSpec, ModelSpec
 from runtime.errors import CheckpointError, UsageError
+from runtime.names import SCORE_MODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class ModelConfig:
     """One file of `configs/models`; `name` is the file's.
 
     `family` names the adapter in `export/families`. The default budget is either `keep` (visual tokens after the split) or
-    `avg_keep` (averaged over all layers, resolved at `reference_visual_tokens`, N of one image). `checkpoint` is a directory of
+    `avg_keep` (averaged over all layers, resolved at `reference_visual_tokens`, N of one image). `score_mode` is one of
+    `runtime.names.SCORE_MODES`. `checkpoint` is a directory of
     this repository, relative to its root; `hf_id` a Hugging Face repository. `max_context` counts tokens before the split.
     """
 
@@ -47,6 +49,7 @@ class ModelConfig:
     max_context: int
     keep: int | None = None
     avg_keep: int | None = None
+    score_mode: str = "trace"
     hf_id: str | None = None
     checkpoint: str | None = None
     geometry: GeometryConfig | None = None
@@ -58,6 +61,10 @@ class ModelConfig:
             value = getattr(self, entry)
             if value is not None and value < 1:
                 raise UsageError(f"the config of model {self.name} has {entry} = {value}; it must be at least 1")
+        if self.score_mode not in SCORE_MODES:
+            raise UsageError(
+                f"the config of model {self.name} has score_mode {self.score_mode!r}; expected one of {', '.join(SCORE_MODES)}"
+            )
         budget = self.keep or self.avg_keep or 0
         if budget > self.reference_visual_tokens:
             raise UsageError(f"the config of model {self.name} keeps {budget} of {self.reference_visual_tokens} visual tokens; keep fewer")

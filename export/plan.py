@@ -18,7 +18,6 @@ from runtime.errors import UsageError
 from runtime.names import SCORE_MODES
 
 BUDGET_OPTIONS = ("keep", "avg_keep", "keep_percent")
-DEFAULT_SCORE_MODE = "trace"
 MIN_SCORED_HEADS = 3  # centring over heads leaves rank H - 1: with 2 heads every token's entropy is 0
 
 
@@ -114,7 +113,7 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         calibration.plan.check(model.name, spec, checkpoint)
     options, origins = _settle(options, model, calibration)
     split = check_split(options.split_layer or 0, layers=spec.decoder.layers)
-    score_mode = options.score_mode or DEFAULT_SCORE_MODE
+    score_mode = options.score_mode or model.score_mode
     if score_mode in ("trace", "row", "raw") and spec.decoder.query_heads < MIN_SCORED_HEADS:
         raise UsageError(
             f"--score-mode {score_mode} needs at least {MIN_SCORED_HEADS} query heads, the model has {spec.decoder.query_heads}: "
@@ -139,7 +138,7 @@ def _settle(options: BuildOptions, model: ModelConfig, calibration: PlanFile | N
     given = next((name for name in BUDGET_OPTIONS if getattr(options, name) is not None), None)
     budgets = f"--{given.replace('_', '-')}" if given else f"configs/models/{model.name}.toml"
     split = "--split-layer" if options.split_layer is not None else f"configs/models/{model.name}.toml"
-    mode = "--score-mode" if options.score_mode is not None else "the default"
+    mode = "--score-mode" if options.score_mode is not None else f"configs/models/{model.name}.toml"
     if calibration is not None:
         plan = calibration.plan
         if options.split_layer is None:

@@ -137,7 +137,7 @@ def outcomes(evaluation: Evaluation, questions: list[Question], tmp_path_factory
     return evaluation.run(questions, tmp_path_factory.mktemp("evidence"))
 
 
-@pytest.mark.parametrize(("mode", "keep"), [("trace", 14), ("trace", 4), ("uniform", 11), ("random", 7)])
+@pytest.mark.parametrize(("mode", "keep"), [("trace", 14), ("trace", 4), ("uniform", 11), ("random", 7), ("dpp", 11)])
 def test_answers_are_those_of_the_exported_chain(
     mode: str, keep: int, outcomes: Outcomes, questions: list[Question], tmp_path: Path
 ) -> None:

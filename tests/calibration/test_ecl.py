@@ -284,4 +284,4 @@ def test_the_shipped_model_goes_from_images_to_a_bundle(tmp_path: Path, capsys: 
     assert read_manifest(tmp_path / "b").split_layer == plan.split_layer
     captured = capsys.readouterr()
     assert json.loads(captured.out.splitlines()[-1])["plan"] == {"file": "plan.json", "sha256": sha256_of(plan_file)}
-    assert "split: plan.json; budgets: --keep; score: the default" in captured.err
+    assert "split: plan.json; budgets: --keep; score: configs/models/tiny-llava.toml" in captured.err

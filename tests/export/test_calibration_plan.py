@@ -188,4 +188,6 @@ def test_options_go_before_the_plan_and_a_dry_run_says_where_each_value_comes_fr
 def test_a_plan_without_budgets_leaves_them_to_the_model(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     path = written(site, plan_for(site.checkpoint, split_layer=1))
     assert build.main(site.build("--plan", path, "--dry-run")) == 0
-    assert "chosen by   split: plan.json; budgets: configs/models/llava15.toml; score: the default\n" in capfd.readouterr().err
+    assert (
+        "chosen by   split: plan.json; budgets: configs/models/llava15.toml; score: configs/models/llava15.toml\n" in capfd.readouterr().err
+    )
