@@ -2,8 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help setup demo test check format lock-check
+.PHONY: help setup demo calibrate-demo test check format lock-check
 help:
 	@$(PYTHON) -m tools.task --help
-setup demo test check format lock-check:
+setup demo calibrate-demo test check format lock-check:
 	@$(PYTHON) -m tools.task $@ $(ARGS)

@@ -1,6 +1,6 @@
 """One command for each chore, on every platform: makes `.venv` from the lock where needed, then works inside it.
 
-    python -m tools.task demo|test|check|format|lock-check|setup [further arguments for the tool]
+    python -m tools.task demo|calibrate-demo|test|check|format|lock-check|setup [further arguments for the tool]
 
 `make NAME` is the same. Needs nothing but Python and pip. Old Pythons read this file too, to be told what is needed: keep
 its syntax within Python 3.7.
@@ -31,6 +31,7 @@ CHECKS = (
 HELP = {
     "setup": "make or update .venv",
     "demo": "build the shipped model, ask it about a picture, show what was kept",
+    "calibrate-demo": "find layer and budget of the shipped model, build with them, show what pruning cost",
     "test": "everything `check` does, then the tests; further arguments go to pytest",
     "check": "formatting, lint, the import rule, types",
     "format": "mend formatting, import order and what else ruff can mend",
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    tasks = "\n".join(f"  {name:<11} {text}" for name, text in HELP.items())
+    tasks = "\n".join(f"  {name:<15} {text}" for name, text in HELP.items())
     parser = argparse.ArgumentParser(
         prog="python -m tools.task", description="tasks:\n" + tasks, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -83,6 +84,8 @@ def run_task(python: Path, task: str, arguments: Sequence[str] = ()) -> int:
         return run(python, "-m", "ruff", "check", "--fix-only", ".") or run(python, "-m", "ruff", "format", ".")
     if task == "demo":
         return run(python, "-m", "tiny_llava.demo", *arguments)
+    if task == "calibrate-demo":
+        return run(python, "-m", "tiny_llava.calibrate_demo", *arguments)
     if task == "lock-check":
         return run(python, "-m", "tools.lock", "check", *arguments)
     return 0
