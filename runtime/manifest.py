@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import BundleError, StorageError
+from runtime.memory_plan import MemoryPlan
 from runtime.names import MANIFEST_FILE, SCORE_MODES, score_graph
 
 SCHEMA_VERSION = 1
@@ -86,7 +87,8 @@ class Manifest:
 
     `split_layer` is K: layers 0..K-1 see every token. `budgets` are the keep counts built in, the default first. `flops` holds
     counted figures per stage (report.json has the details). `embedding` is the token table's file, [vocab, hidden] float32 row
-    after row. `image_token` is the placeholder's text in a rendered prompt.
+    after row. `image_token` is the placeholder's text in a rendered prompt. `memory` is what the bundle
+    needs of its target (None: not recorded).
     """
 
     schema_version: int
@@ -108,6 +110,7 @@ class Manifest:
     graphs: dict[str, GraphInfo]
     files: dict[str, FileInfo]
     flops: dict[str, float] = field(default_factory=dict)
+    memory: MemoryPlan | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.schema_version <= SCHEMA_VERSION:
@@ -235,6 +238,9 @@ def _check_positive(name: str, value: int) -> None:
 def _build(kind: Any, value: Any, where: str) -> Any:
     """Makes a typed value out of parsed JSON, or says which entry is wrong."""
     origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType) and type(None) in typing.get_args(kind):  # an optional entry
+        (kind,) = (member for member in typing.get_args(kind) if member is not type(None))
+        return None if value is None else _build(kind, value, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise BundleError(f"{where}: expected an object, got {type(value).__name__}: export the bundle again")
@@ -249,6 +255,6 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {k: _build(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
     accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (int, float) if kind is float else (kind,)
-    if origin in (tuple, dict) or not isinstance(value, accepted) or isinstance(value, bool):
+    if origin in (tuple, dict) or not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise BundleError(f"{where}: {value!r:.60} has the wrong type: export the bundle again")
     return value

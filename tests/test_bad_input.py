@@ -31,7 +31,7 @@ from tests.site import Refused, Site, cut
     [
         (["--model", "llava16"], r"unknown model 'llava16': did you mean llava15\? --model takes llava15, .*tiny-llava"),
         (["--model", "gpt"], "unknown model 'gpt': --model takes "),
-        (["--target", "jetson"], "unknown target 'jetson': --target takes .*cpu"),
+        (["--target", "jetson"], r"unknown target 'jetson': did you mean jetson-(orin|thor)\? --target takes cpu, "),
         (["--score-mode", "entropy"], "unknown --score-mode 'entropy': choose one of trace, row, raw, random, energy-high, energy-low"),
         (["--precision", "int3"], "--precision int3 is not offered for target cpu: choose one of fp32"),
         (["--split-layer", "0"], "--split-layer 0 is out of range: the decoder has 4 layers, split before layer 1 to 3"),
