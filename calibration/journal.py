@@ -14,11 +14,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Generic, Protocol, Self, TypeVar
 
 from runtime.errors import StorageError
 
-__all__ = ["Journal", "Record", "fingerprint_of"]
+__all__ = ["Journal", "Keyed", "LineJournal", "Record", "fingerprint_of", "finite_floats"]
+
+
+class Keyed(Protocol):
+    """What a journal holds: a frozen dataclass of JSON values with a key."""
+
+    @property
+    def key(self) -> str: ...
+
+
+R = TypeVar("R", bound=Keyed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +48,8 @@ def fingerprint_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Journal:
-    """The records of one fingerprint in a file; a context manager that holds the file open for appending.
+class LineJournal(Generic[R]):
+    """The records of one fingerprint in a file; a context manager that holds the file open for appending. A subclass makes records.
 
     Raises:
         StorageError: the file cannot be read or opened.
@@ -47,10 +57,14 @@ class Journal:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self._fingerprint = path, fingerprint
-        self._records: dict[str, Record] = {}
+        self._records: dict[str, R] = {}
         self._file: IO[bytes] | None = None
 
-    def __enter__(self) -> Journal:
+    def record_from(self, raw: dict[str, Any]) -> R:
+        """A record from a line's JSON object; raises ValueError, TypeError or KeyError where it is not one."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         try:
             data = self.path.read_bytes() if self.path.exists() else b""
             self._file = self.path.open("ab", buffering=0)
@@ -71,17 +85,18 @@ class Journal:
     def __len__(self) -> int:
         return len(self._records)
 
-    def get(self, key: str) -> Record | None:
+    def get(self, key: str) -> R | None:
         """What was measured earlier."""
         return self._records.get(key)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: R) -> None:
         """Writes one record at once.
 
         Raises:
             StorageError: no space, say; what was measured before is kept.
         """
-        line = json.dumps({"fingerprint": self._fingerprint, **dataclasses.asdict(record)}, allow_nan=False)
+        fields: dict[str, Any] = dataclasses.asdict(record)  # type: ignore[call-overload]  # a dataclass: no protocol says so
+        line = json.dumps({"fingerprint": self._fingerprint, **fields}, allow_nan=False)
         try:
             self._write(line.encode() + b"\n")
         except OSError as error:
@@ -93,19 +108,27 @@ class Journal:
         while data:
             data = data[self._file.write(data) :]
 
-    def _parse(self, line: bytes) -> Record | None:
+    def _parse(self, line: bytes) -> R | None:
         try:
             raw = json.loads(line)
             if raw.pop("fingerprint") != self._fingerprint:
                 return None
-            curve = _floats(raw["curve"])
-            largest = {str(name): _floats(values) for name, values in raw["largest"].items()}
-            return Record(str(raw["key"]), str(raw["image"]), str(raw["name"]), int(raw["visual_tokens"]), curve, largest)
+            return self.record_from(raw)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
 
-def _floats(values: Any) -> tuple[float, ...]:
+class Journal(LineJournal[Record]):
+    """The journal of `calibration.ecl`."""
+
+    def record_from(self, raw: dict[str, Any]) -> Record:
+        curve = finite_floats(raw["curve"])
+        largest = {str(name): finite_floats(values) for name, values in raw["largest"].items()}
+        return Record(str(raw["key"]), str(raw["image"]), str(raw["name"]), int(raw["visual_tokens"]), curve, largest)
+
+
+def finite_floats(values: Any) -> tuple[float, ...]:
+    """JSON numbers as floats; raises ValueError where one is not finite."""
     numbers = tuple(float(value) for value in values)
     if not all(map(math.isfinite, numbers)):
         raise ValueError("not finite")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from calibration.activations import Probe, VisionLanguageReader, load_reader
+from calibration.activations import Probe
 from calibration.audit import PrecisionAudit
 from calibration.collapse import CollapseRule, find_collapse
 from calibration.collapse_picture import draw_collapse
@@ -21,16 +20,11 @@ from calibration.ecl_report import describe_collapse, make_evidence, short_subje
 from calibration.image_set import CalibrationImage, find_images, read_prompts
 from calibration.journal import Journal, fingerprint_of
 from calibration.plan_files import PlanFiles
-from export import TOOL_VERSION
+from calibration.subject import Subject
 from export.budget import check_split
-from export.calibration_plan import SCHEMA_VERSION, CalibrationPlan, PlanGeometry
-from export.checkpoint import Checkpoint
-from export.configs import ModelConfig, load_model_config
-from export.families import FamilyWeights, adapter_for
-from export.spec import ModelSpec
+from export.calibration_plan import CalibrationPlan
 from runtime.errors import UsageError
 from runtime.files import write_file
-from runtime.manifest import Source
 
 __all__ = ["FoundLayer", "LayerSearch", "find_layer"]
 
@@ -77,37 +71,14 @@ class FoundLayer:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """The model that is measured."""
-
-    model: ModelConfig
-    checkpoint: Checkpoint
-    spec: ModelSpec
-
-    @classmethod
-    def open(cls, search: LayerSearch) -> _Subject:
-        """Validates checkpoint and options against each other, reading headers alone."""
-        model = load_model_config(search.model)
-        checkpoint = Checkpoint.open(search.checkpoint or model.default_checkpoint())
-        adapter = adapter_for(checkpoint.config, model.family)
-        spec = adapter.describe(checkpoint.config)
-        FamilyWeights(checkpoint, adapter, spec).validate()
-        if search.split_layer is not None:
-            check_split(search.split_layer, layers=spec.decoder.layers)
-        search.probe.check(spec.decoder.query_heads, spec.decoder.kv_heads)
-        return cls(model, checkpoint, spec)
-
-    def load(self, search: LayerSearch) -> VisionLanguageReader:
-        return load_reader(self.checkpoint.directory, self.spec.family, search.device, search.dtype)
-
-    def plan(self, split_layer: int, evidence: dict[str, Any]) -> CalibrationPlan:
-        return CalibrationPlan(
-            schema_version=SCHEMA_VERSION, tool_version=TOOL_VERSION,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=self.model.name, family=self.spec.family,
-            source=Source(self.checkpoint.name, self.checkpoint.revision), geometry=PlanGeometry.of(self.spec), split_layer=split_layer,
-            evidence=evidence,
-        )  # fmt: skip
+def _open(search: LayerSearch) -> Subject:
+    """Validates checkpoint and options against each other, reading headers alone."""
+    subject = Subject.open(search.model, search.checkpoint)
+    decoder = subject.spec.decoder
+    if search.split_layer is not None:
+        check_split(search.split_layer, layers=decoder.layers)
+    search.probe.check(decoder.query_heads, decoder.kv_heads)
+    return subject
 
 
 def find_layer(search: LayerSearch, files: PlanFiles) -> FoundLayer:
@@ -123,7 +94,7 @@ def find_layer(search: LayerSearch, files: PlanFiles) -> FoundLayer:
     files.check()
     prompts = read_prompts(search.prompts)
     images = find_images(search.images, None if search.limit is None else search.seed, leave_out=files.picture)
-    measured = _Subject.open(search)
+    measured = _open(search)
     with files.locked():
         collection = _collect(search, files, measured, images, prompts)
         found = find_collapse([record.curve for record in collection.records], measured.spec.decoder.layers, search.rule, search.seed)
@@ -137,9 +108,7 @@ def find_layer(search: LayerSearch, files: PlanFiles) -> FoundLayer:
     return FoundLayer(plan, describe_collapse(found, search.rule, search.split_layer, collection, audit, search.probe))
 
 
-def _collect(
-    search: LayerSearch, files: PlanFiles, model: _Subject, images: list[CalibrationImage], prompts: tuple[str, ...]
-) -> Collection:
+def _collect(search: LayerSearch, files: PlanFiles, model: Subject, images: list[CalibrationImage], prompts: tuple[str, ...]) -> Collection:
     fingerprint = fingerprint_of({"version": JOURNAL_VERSION, "revision": model.checkpoint.revision, **_settings(search)})
     total = len(images) if search.limit is None else min(search.limit, len(images))
     with (
@@ -154,7 +123,9 @@ def _collect(
             bar.update(count)
 
         try:
-            return collect(images, prompts, search.probe, journal, lambda: model.load(search), limit=search.limit, progress=step)
+            return collect(
+                images, prompts, search.probe, journal, lambda: model.load(search.device, search.dtype), limit=search.limit, progress=step
+            )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted after {done} of {total} images; they are kept in {files.journal}, and the same command goes on from there"

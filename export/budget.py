@@ -7,8 +7,10 @@ L - K layers with R: R = floor((L a - K N) / (L - K)).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from runtime.errors import UsageError
+from runtime.names import SCORE_MODES, SCORELESS_MODES
 
 ROUNDING = 1e-6  # so that the average of a keep count, rounded as a float, gives that keep count and not one less
 
@@ -47,6 +49,26 @@ def check_keep(keep: int, *, visual_tokens: int) -> int:
     if not 1 <= keep <= visual_tokens:
         raise UsageError(f"--keep {keep} is out of range: an image has {visual_tokens} visual tokens, keep 1 to {visual_tokens} of them")
     return keep
+
+
+def check_auto_keep(threshold: float | None, *, budgets: Sequence[int], score_mode: str) -> float | None:
+    """Returns the share of the scores' mass that a budget chosen for an image must hold (`runtime.budgets`); None offers no choice.
+
+    Raises:
+        UsageError: it is out of range, or there is nothing to choose among or by.
+    """
+    if threshold is None:
+        return None
+    if not 0 < threshold <= 1:  # false for NaN
+        raise UsageError(f"--auto-keep is the share of the scores' mass that kept tokens must hold, above 0 and up to 1; got {threshold:g}")
+    if score_mode in SCORELESS_MODES:
+        choices = ", ".join(mode for mode in SCORE_MODES if mode not in SCORELESS_MODES)
+        raise UsageError(f"--auto-keep means nothing with --score-mode {score_mode}, whose scores see no image: choose one of {choices}")
+    if len(budgets) < 2:
+        raise UsageError(
+            f"--auto-keep chooses among budgets, and the bundle would hold {budgets[0]} alone: give two or more, as --keep R,R"
+        )
+    return float(threshold)
 
 
 def check_split(split_layer: int, *, layers: int) -> int:

@@ -105,12 +105,12 @@ class _Writer:
     def _manifest(self) -> Manifest:
         from export import TOOL_VERSION
         from export.report import stage_flops
-        from runtime.manifest import SCHEMA_VERSION, Geometry, Manifest, Source
+        from runtime.manifest import Geometry, Manifest, Source, schema_for
 
         plan, d = self.plan, self.plan.spec.decoder
         flops = stage_flops(plan, self.directory, self.graphs)
         return Manifest(
-            schema_version=SCHEMA_VERSION, tool_version=TOOL_VERSION,
+            schema_version=schema_for(plan.auto_keep, plan.memory), tool_version=TOOL_VERSION,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             family=plan.model.family, model=plan.model.name, target=plan.target.name, precision=plan.precision,
             source=Source(plan.checkpoint.name, plan.checkpoint.revision),
@@ -120,7 +120,7 @@ class _Writer:
             ),
             split_layer=plan.split_layer, score_mode=plan.score_mode, budgets=plan.budgets, max_context=plan.max_context,
             image_token=plan.checkpoint.image_token(plan.spec.image_token_id), image_token_id=plan.spec.image_token_id,
-            embedding=EMBEDDING_FILE, graphs=self.graphs, files=self.files, flops=flops, memory=plan.memory,
+            embedding=EMBEDDING_FILE, graphs=self.graphs, files=self.files, flops=flops, memory=plan.memory, auto_keep=plan.auto_keep,
         )  # fmt: skip
 
 
@@ -197,6 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     budget.add_argument("--avg-keep", type=float, metavar="A", help="the paper's budget: visual tokens averaged over all layers")
     budget.add_argument("--keep-percent", type=float, metavar="P", help="percent of the visual tokens kept after the split")
+    parser.add_argument("--auto-keep", type=float, metavar="T", help="offer keep auto: a budget for each image by this share of scores")
     parser.add_argument("--split-layer", type=int, metavar="K", help="layers before the pruning (default: the model's)")
     parser.add_argument(
         "--plan", metavar="FILE", help="a calibration's plan.json: split layer, budgets and score mode, where no option gives them"
@@ -225,6 +226,7 @@ def _options(args: argparse.Namespace) -> BuildOptions:
         model=args.model, target=args.target, checkpoint=args.checkpoint, keep=args.keep, avg_keep=args.avg_keep,
         keep_percent=args.keep_percent, split_layer=args.split_layer, score_mode=args.score_mode, precision=args.precision,
         max_context=args.max_context, debug=args.debug_outputs, plan=args.plan, device_memory=args.device_memory,
+        auto_keep=args.auto_keep,
     )  # fmt: skip
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import UsageError
-from runtime.names import SCORE_MODES
+from runtime.names import SCORE_MODES, SCORELESS_MODES
 
 __all__ = ["SCORELESS_MODES", "check_score_mode", "checked_indices", "select_tokens", "token_scores"]
 
 EIGENVALUE_FLOOR = 1e-10  # eigenvalues are clamped here before the logarithm, as in the paper's code
 ENTROPY_MODES = ("trace", "row", "raw")
-SCORELESS_MODES = ("random", "uniform")
 
 
 def token_scores(queries: npt.ArrayLike, mode: str) -> np.ndarray:

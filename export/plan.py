@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export import calibration_plan
-from export.budget import average_from_keep, check_keep, check_split, keep_from_average, keep_from_percent
+from export.budget import average_from_keep, check_auto_keep, check_keep, check_split, keep_from_average, keep_from_percent
 from export.calibration_plan import CalibrationPlan
 from export.checkpoint import Checkpoint
 from export.configs import ModelConfig, load_model_config, load_target_config
@@ -45,6 +45,7 @@ class BuildOptions:
     debug: bool = False
     plan: str | None = None
     device_memory: str | None = None
+    auto_keep: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Origins:
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """Everything settled: `budgets` are keep counts, the default first; `split_layer` is K."""
+    """Everything settled: `budgets` are keep counts, the default first; `split_layer` is K; `auto_keep` is the manifest's."""
 
     model: ModelConfig
     target: TargetConfig
@@ -82,6 +83,7 @@ class BuildPlan:
     origins: Origins
     debug: bool = False
     calibration: PlanFile | None = None
+    auto_keep: float | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -132,10 +134,12 @@ def make_plan(options: BuildOptions) -> BuildPlan:
             f"--score-mode {score_mode} needs at least {MIN_SCORED_HEADS} query heads, the model has {spec.decoder.query_heads}: "
             "choose energy-high, energy-low, random or uniform"
         )
+    budgets = choose_budgets(options, model, spec, split)
     return BuildPlan(
         model=model, target=target, checkpoint=checkpoint, spec=spec, weights=weights, split_layer=split,
-        budgets=choose_budgets(options, model, spec, split), score_mode=score_mode, precision=precision,
+        budgets=budgets, score_mode=score_mode, precision=precision,
         max_context=choose_context(options, model, spec), origins=origins, debug=options.debug, calibration=calibration,
+        auto_keep=check_auto_keep(options.auto_keep, budgets=budgets, score_mode=score_mode),
     )  # fmt: skip
 
 
@@ -170,6 +174,8 @@ def _settle(options: BuildOptions, model: ModelConfig, calibration: PlanFile | N
             options, budgets = dataclasses.replace(options, keep=plan.budgets), calibration.name
         if options.score_mode is None and plan.score_mode is not None:
             options, mode = dataclasses.replace(options, score_mode=plan.score_mode), calibration.name
+        if options.auto_keep is None and {split, budgets, mode} == {calibration.name}:  # the threshold was calibrated for these alone
+            options = dataclasses.replace(options, auto_keep=plan.auto_keep)
     if options.split_layer is None:
         options = dataclasses.replace(options, split_layer=model.split_layer)
     return options, Origins(split, budgets, mode)

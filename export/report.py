@@ -67,6 +67,7 @@ def make_report(plan: BuildPlan, manifest: Manifest) -> dict[str, Any]:
         **calibration,
         "model": plan.model.name, "target": plan.target.name, "precision": plan.precision, "layers": d.layers, "split_layer": k,
         "score_mode": plan.score_mode, "visual_tokens": n, "text_tokens": TEXT_TOKENS, "max_context": plan.max_context,
+        "auto_keep": plan.auto_keep,
         "bytes": {name: info.bytes for name, info in manifest.files.items()},
         "bytes_total": sum(info.bytes for info in manifest.files.values()),
         "flops": flops, "decoder_flops_dense": dense, "flops_source": "counted from the exported graphs; a multiply-add counts as 2",
@@ -80,6 +81,8 @@ def describe_plan(plan: BuildPlan, output: Path) -> str:
     """The plan in a few lines, printed before anything is written."""
     d, v, k, scheme = plan.spec.decoder, plan.spec.vision, plan.split_layer, scheme_of(plan.precision)
     budgets = ", ".join(f"keep {r} of {plan.visual_tokens} (average {plan.average_keep(r):.1f} over layers)" for r in plan.budgets)
+    if plan.auto_keep is not None:
+        budgets += f"; keep auto: the smallest that holds {100 * plan.auto_keep:g} % of an image's score mass"
     rows = [
         ("model", f"{plan.model.name}: {d.layers} layers of {d.hidden_size}, {d.query_heads} query and {d.kv_heads} key-value heads"),
         ("checkpoint", f"{plan.checkpoint.directory}"),

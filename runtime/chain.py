@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import names
+from runtime import budgets, names
+from runtime.budgets import Keep
 from runtime.conversation import Conversation, ImageGroup, ImageSpan, Selection
 from runtime.engines.base import Engine
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
-from runtime.errors import BundleError, UsageError, shown
+from runtime.errors import BundleError
 from runtime.generation import Stopwatch
 from runtime.kv_cache import KVGroup
 from runtime.manifest import Manifest
@@ -46,7 +47,7 @@ class EngineChain:
 
     def extend(
         self, conversation: Conversation, input_ids: np.ndarray, groups: Sequence[ImageGroup], pixel_values: np.ndarray | None, *,
-        keep: int | None, watch: Stopwatch | None = None, select: Select | None = None, trace: Trace | None = None,
+        keep: Keep, watch: Stopwatch | None = None, select: Select | None = None, trace: Trace | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Runs what the conversation does not hold yet of a prompt.
 
@@ -55,7 +56,7 @@ class EngineChain:
             input_ids: [S] int64, the whole prompt, images expanded.
             groups: the image groups that are not in the conversation yet.
             pixel_values: [images, 3, side, side] float32, the images of `groups` in order; None without.
-            keep: visual tokens kept after the split, of each group; None keeps all.
+            keep: visual tokens kept after the split, of each group; "auto" chooses a budget for each, None keeps all.
             select: chooses a group's kept indices in place of the score.
             trace: receives `hidden_states` and `score_states` of the new rows.
 
@@ -63,29 +64,30 @@ class EngineChain:
             Logits [vocab] float32 of the last token.
         """
         watch = watch or Stopwatch()
-        if select is None and keep is not None and keep not in self.manifest.budgets and any(keep < len(g.rows) for g in groups):
-            raise self._no_such_budget(keep)
+        least = budgets.smallest_kept(keep, self.manifest.budgets)
+        scored = [select is None and least is not None and least < len(group.rows) for group in groups]
+        if any(scored):
+            budgets.check_held(self.manifest, keep)
         begin = conversation.next_position
         visual_rows = np.concatenate([g.rows for g in groups]) if groups else np.zeros(0, np.int64)
         with self._lock:
             embeds = self.embed(input_ids[begin:], visual_rows - begin, pixel_values, watch)
             positions = np.arange(begin, len(input_ids), dtype=np.int64)
-            scored = select is None and any(keep is not None and keep < len(g.rows) for g in groups)
             with watch.stage(names.PRE_ECL):
-                outputs = [names.HIDDEN_STATES] + ([names.SCORE_STATES] if scored or trace is not None else [])
+                outputs = [names.HIDDEN_STATES] + ([names.SCORE_STATES] if any(scored) or trace is not None else [])
                 results = self.run_half(names.PRE_ECL, embeds, positions, conversation.pre, outputs)
                 hidden, score_states = results[0], results[-1]
             if trace is not None:
                 trace.update(zip(outputs, results, strict=True))
             selections, stays = [], np.ones(len(positions), bool)
-            for group in groups:
+            for group, choose in zip(groups, scored, strict=True):
                 rows = group.rows - begin
-                if select is not None or keep is None or keep >= len(rows):
-                    kept = np.arange(len(rows)) if select is None else select(group)
-                    selections.append(Selection(group, kept, None, keep))
-                else:
+                if choose:
                     with watch.stage(names.SCORE):
                         selections.append(self._score(group, keep, hidden[0][rows], score_states[0][rows], positions[rows]))
+                else:
+                    kept = np.arange(len(rows)) if select is None else select(group)
+                    selections.append(Selection(group, kept, None, keep, least))
                 stays[np.delete(rows, selections[-1].kept_indices)] = False
             with watch.stage(names.POST_ECL):
                 hidden = hidden if stays.all() else np.ascontiguousarray(hidden[:, stays])
@@ -107,7 +109,7 @@ class EngineChain:
         return row
 
     def prefill(
-        self, input_ids: np.ndarray, visual_mask: np.ndarray, pixel_values: np.ndarray | None, *, keep: int | None, image_seed: int = 0,
+        self, input_ids: np.ndarray, visual_mask: np.ndarray, pixel_values: np.ndarray | None, *, keep: Keep, image_seed: int = 0,
         kept_indices: np.ndarray | None = None, trace: Trace | None = None,
     ) -> tuple[Conversation, np.ndarray]:  # fmt: skip
         """A whole prompt in a new conversation, all of its images as one group: `extend` for those who have no messages.
@@ -124,20 +126,9 @@ class EngineChain:
         logits = self.extend(conversation, input_ids, groups, pixel_values, keep=keep, select=select, trace=trace)
         return conversation, logits
 
-    def check_keep(self, keep: int | str | None) -> int | None:
-        """The keep count to use: None gives the default budget, "all" no pruning (returned as None)."""
-        budgets, n = self.manifest.budgets, self.manifest.geometry.visual_tokens
-        if keep is None:
-            return budgets[0]
-        if isinstance(keep, str) and keep == "all":
-            return None
-        if not isinstance(keep, (int, np.integer)) or isinstance(keep, bool) or keep not in (*budgets, n):  # n prunes nothing of one image
-            raise self._no_such_budget(keep)
-        return int(keep)
-
-    def _no_such_budget(self, keep: object) -> UsageError:
-        budgets, wanted = ", ".join(map(str, self.manifest.budgets)), keep if isinstance(keep, str) and len(keep) < 20 else shown(keep)
-        return UsageError(f"this bundle holds the budgets {budgets} and all, not {wanted}: export it with --keep {wanted}")
+    def check_keep(self, keep: int | str | None) -> Keep:
+        """What a user's `keep` means for this bundle: None gives the default budget, "all" no pruning (returned as None)."""
+        return budgets.check_keep(self.manifest, keep)
 
     # ------------------------------------------------------------ the stages
 
@@ -174,13 +165,30 @@ class EngineChain:
         cache.advance(rows)
         return results
 
-    def _score(self, group: ImageGroup, keep: int, hidden: np.ndarray, score_states: np.ndarray, positions: np.ndarray) -> Selection:
-        """Chooses among a group's rows: hidden [N, d], score_states [N, H * d_h], positions [N]."""
+    def _score(self, group: ImageGroup, keep: Keep, hidden: np.ndarray, score_states: np.ndarray, positions: np.ndarray) -> Selection:
+        """Chooses among a group's rows: hidden [N, d], score_states [N, H * d_h], positions [N].
+
+        For "auto", the largest budget's graph gives the scores. The kept set is that of the chosen budget's own graph: the one that asking
+        for this budget gives, whatever the mode is, and whatever an engine does with ties.
+        """
         feeds = {names.SCORE_STATES: score_states, names.HIDDEN_STATES: hidden, names.POSITION_IDS: positions[None]}
         if self.manifest.score_mode == "random":
             feeds[names.IMAGE_SEED] = np.array([group.seed], dtype=np.int64)
-        kept, entropy = self._engines[names.score_graph(keep)].run(feeds, [names.KEPT_INDICES, names.TOKEN_ENTROPY])
-        return Selection(group, kept, entropy, keep)
+
+        def scored(budget: int) -> list[np.ndarray]:
+            return self._engines[names.score_graph(budget)].run(feeds, [names.KEPT_INDICES, names.TOKEN_ENTROPY])
+
+        if isinstance(keep, int):
+            kept, entropy = scored(keep)
+            return Selection(group, kept, entropy, keep, keep)
+        threshold, tokens = self.manifest.auto_keep, len(positions)
+        assert threshold is not None, "extend has checked it"
+        largest = max(budget for budget in self.manifest.budgets if budget < tokens)  # a graph refuses to keep more than there are
+        kept, entropy = scored(largest)
+        chosen = budgets.choose_budget(entropy, self.manifest.budgets, threshold)
+        if chosen != largest:
+            kept = np.arange(tokens) if chosen >= tokens else scored(chosen)[0]
+        return Selection(group, kept, entropy, keep, chosen)
 
 
 def _check_tables(manifest: Manifest) -> None:

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from runtime.errors import EntropyPruneError
+from runtime.errors import EntropyPruneError, shown
 
 FAILED = 2
+MAX_DIGITS = 10
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -18,6 +19,15 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, _line(self, f"{message} (see --help)") + "\n")
+
+
+def keep_argument(text: str) -> int | str:
+    """The type of `--keep` where one setting is chosen: a number of tokens, "all" or "auto"."""
+    if text in ("all", "auto"):
+        return text
+    if text.isdecimal() and len(text) < MAX_DIGITS:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{shown(text)} is neither a number of tokens nor 'all' or 'auto'")
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from runtime.budgets import AUTO, Keep
 from runtime.kv_cache import KVGroup
 
 
@@ -48,13 +49,15 @@ class ImageGroup:
 class Selection:
     """Which of a group's N visual tokens were kept: `kept_indices` [R] int64 ascending, `token_entropy` [N] float32 (None: not scored).
 
-    `budget` is what was asked for: a keep count, or None for all.
+    `budget` is what was asked for: a keep count, "auto", or None for all. `chosen` is the keep count that was used (None: all); with more
+    of it than the group has tokens, all were kept.
     """
 
     group: ImageGroup
     kept_indices: np.ndarray
     token_entropy: np.ndarray | None
-    budget: int | None
+    budget: Keep
+    chosen: int | None
 
     @property
     def visual_tokens(self) -> int:
@@ -85,10 +88,11 @@ class Conversation:
         """Bytes of both groups' buffers."""
         return self.pre.nbytes + self.post.nbytes
 
-    def shared_with(self, token_ids: np.ndarray, groups: Sequence[ImageGroup], budget: int | None) -> int:
+    def shared_with(self, token_ids: np.ndarray, groups: Sequence[ImageGroup], budget: Keep) -> int:
         """How many tokens of a prompt this conversation already holds, at most all but the last (whose logits are wanted).
 
-        An image group counts whole or not at all: its selection was made over all of its images, under one budget.
+        An image group counts whole or not at all: its selection was made over all of its images, under one budget. "auto" is a budget of
+        its own, also where it chose the number that is asked for.
         """
         length = min(len(self.token_ids), len(token_ids) - 1)
         differs = np.flatnonzero(self.token_ids[:length] != token_ids[:length])
@@ -134,6 +138,11 @@ class Conversation:
         return np.concatenate(
             [np.full(s.visual_tokens, np.nan, np.float32) if s.token_entropy is None else s.token_entropy for s in self.selections]
         )
+
+    @property
+    def auto_budgets(self) -> tuple[int, ...]:
+        """The budget chosen for each image group that was asked about with "auto"."""
+        return tuple(s.chosen for s in self.selections if s.budget == AUTO and s.chosen is not None)
 
     @property
     def unscored_tokens(self) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.command_line import CommandParser, run_command
+from runtime.command_line import CommandParser, keep_argument, run_command
 
 if TYPE_CHECKING:
     from runtime.patch_map import Explanation
@@ -27,7 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", action="append", required=True, metavar="FILE", help="an image, or a video's frame; repeat in order")
     parser.add_argument("--prompt", metavar="TEXT", help="a question to ask; what is kept does not depend on it")
     parser.add_argument(
-        "--keep", type=_keep, metavar="R|all", help="visual tokens kept, over all images (default: the bundle's first budget)"
+        "--keep",
+        type=keep_argument,
+        metavar="R|all|auto",
+        help="visual tokens kept, over all images; auto: chosen by their scores (default: the bundle's first budget)",
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the picture")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page: hover over patches, try other budgets by score")
@@ -35,12 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="engine threads (default: one per core)")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     return parser
-
-
-def _keep(text: str) -> int | str:
-    if text == "all" or text.isdecimal():
-        return text if text == "all" else int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor 'all'")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -93,6 +90,7 @@ def _report(explanation: Explanation) -> dict[str, object]:
     return {
         "visual_tokens": len(explanation.tokens),
         "kept_tokens": explanation.kept,
+        "auto_budgets": list(explanation.auto_budgets),
         "split_layer": explanation.split_layer,
         "score_mode": explanation.score_mode,
         "score_range": explanation.score_range,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.command_line import CommandParser, run_command
+from runtime.command_line import CommandParser, keep_argument, run_command
 
 if TYPE_CHECKING:
     from runtime.generation import Generation
@@ -28,7 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt")
     parser.add_argument(
-        "--keep", type=_keep, metavar="R|all", help="visual tokens kept after the split (default: the bundle's first budget)"
+        "--keep",
+        type=keep_argument,
+        metavar="R|all|auto",
+        help="visual tokens kept after the split; auto: chosen for each image (default: the bundle's first budget)",
     )
     parser.add_argument("--max-new-tokens", type=int, metavar="N")
     parser.add_argument("--do-sample", action="store_true", default=None, help="sample instead of taking the most probable token")
@@ -44,17 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _keep(text: str) -> int | str:
-    if text == "all" or text.isdigit():
-        return text if text == "all" else int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor 'all'")
-
-
 def summary(result: Generation) -> str:
     """Figures of one answer in two lines."""
     stages = ", ".join(f"{name} {ms:.1f}" for name, ms in result.stages_ms.items())
+    chosen = f" (budget chosen: {', '.join(map(str, result.auto_budgets))})" if result.auto_budgets else ""
     return (
-        f"{result.prompt_tokens} prompt tokens, {result.kept_tokens} of {result.visual_tokens} visual tokens kept; "
+        f"{result.prompt_tokens} prompt tokens, {result.kept_tokens} of {result.visual_tokens} visual tokens kept{chosen}; "
         f"first token after {result.ttft_ms:.1f} ms, then {result.tpot_ms:.1f} ms per token\nms by stage: {stages}"
     )
 

@@ -29,6 +29,7 @@ class Generation:
         stages_ms: milliseconds by stage of the prefill; `decode` is the sum over all further tokens.
         finish_reason: "eos", "stop", "length" or "cancelled".
         unscored_tokens: visual tokens whose score was not finite (they rank last).
+        auto_budgets: with keep="auto", the budget chosen for each message with images, in order; empty otherwise.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Generation:
     stages_ms: dict[str, float]
     finish_reason: str
     unscored_tokens: int = 0
+    auto_budgets: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; times in milliseconds, rounded to a microsecond."""
@@ -56,6 +58,7 @@ class Generation:
             "kept_tokens": self.kept_tokens,
             "kept_indices": list(self.kept_indices),
             "unscored_tokens": self.unscored_tokens,
+            "auto_budgets": list(self.auto_budgets),
             "finish_reason": self.finish_reason,
             "ttft_ms": round(self.ttft_ms, 3),
             "tpot_ms": round(self.tpot_ms, 3),

@@ -66,9 +66,17 @@ def _facts(found: Inspection) -> list[str]:
         ("split", f"layers 0..{m.split_layer - 1} see every token, layers {m.split_layer}..{g.layers - 1} text and the kept ones"),
         ("score", f"{m.score_mode}: {SCORE_WORDS[m.score_mode]}"),
         ("budgets", f"{budgets}; the first is the default, and all can be kept"),
+        *([] if m.auto_keep is None else [("per image", _auto_words(m.auto_keep))]),
         ("context", f"{m.max_context} tokens, prompt and answer together"),
     ]
     return [f"{name:<10}{text}" for name, text in rows]
+
+
+def _auto_words(threshold: float) -> str:
+    return (
+        f"keep auto chooses a budget for the images of each message: the smallest that holds {100 * threshold:g} % of the scores' mass "
+        "(scores less the lowest), the largest where none does"
+    )
 
 
 def _needs(found: Inspection) -> list[str]:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import BundleError, StorageError
+from runtime.errors import BundleError, StorageError, shown
 from runtime.memory_plan import MemoryPlan
-from runtime.names import MANIFEST_FILE, SCORE_MODES, score_graph
+from runtime.names import MANIFEST_FILE, SCORE_MODES, SCORELESS_MODES, score_graph
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+AUTO_KEEP_SCHEMA = MEMORY_SCHEMA = 2  # from here on there are `auto_keep` and `memory`
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_CONTEXT = 1 << 24
 MAX_NAME = 200
@@ -87,8 +88,9 @@ class Manifest:
 
     `split_layer` is K: layers 0..K-1 see every token. `budgets` are the keep counts built in, the default first. `flops` holds
     counted figures per stage (report.json has the details). `embedding` is the token table's file, [vocab, hidden] float32 row
-    after row. `image_token` is the placeholder's text in a rendered prompt. `memory` is what the bundle
-    needs of its target (None: not recorded).
+    after row. `image_token` is the placeholder's text in a rendered prompt. `auto_keep` is the share of the scores' mass that the budget
+    chosen for an image must hold (`runtime.budgets`); None where the bundle offers no choice. `memory` is what the
+    bundle needs of its target; None in bundles of before.
     """
 
     schema_version: int
@@ -111,6 +113,7 @@ class Manifest:
     files: dict[str, FileInfo]
     flops: dict[str, float] = field(default_factory=dict)
     memory: MemoryPlan | None = None
+    auto_keep: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.schema_version <= SCHEMA_VERSION:
@@ -130,14 +133,36 @@ class Manifest:
         missing = [b for b in self.budgets if score_graph(b) not in self.graphs]
         if missing or not self.budgets:
             raise BundleError(f"no score graph for the budgets {missing or '(none listed)'}: export the bundle again")
+        if self.auto_keep is not None:
+            self._check_auto_keep(self.auto_keep)
+        if self.memory is not None and self.schema_version < MEMORY_SCHEMA:
+            raise BundleError(
+                f"memory is an entry of schema {MEMORY_SCHEMA}, the bundle has {self.schema_version}: export the bundle again"
+            )
         for name in (*self.files, *(g.file for g in self.graphs.values()), self.embedding):
             _check_inside(name)
         for name in (*(g.file for g in self.graphs.values()), self.embedding):
             if name not in self.files:
                 raise BundleError(f"{name} is used but not listed among the bundle's files: export the bundle again")
 
+    def _check_auto_keep(self, threshold: float) -> None:
+        if not 0 < threshold <= 1:  # false for NaN
+            wrong = f"auto_keep is {shown(threshold)}, expected above 0 and up to 1, or null"
+        elif len(set(self.budgets)) < 2 or self.score_mode in SCORELESS_MODES:
+            wrong = f"auto_keep chooses among several budgets by score, the bundle has {len(set(self.budgets))} and mode {self.score_mode}"
+        elif self.schema_version < AUTO_KEEP_SCHEMA:
+            wrong = f"auto_keep is an entry of schema {AUTO_KEEP_SCHEMA}, the bundle has schema {self.schema_version}"
+        else:
+            return
+        raise BundleError(f"{wrong}: export the bundle again")
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The text of bundle.json; without `auto_keep` and `memory` where there is none, as every schema reads it."""
+        entries = dataclasses.asdict(self)
+        for name in ("auto_keep", "memory"):
+            if entries[name] is None:
+                del entries[name]
+        return json.dumps(entries, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -152,6 +177,11 @@ class Manifest:
             )
         result: Manifest = _build(cls, raw, MANIFEST_FILE)
         return result
+
+
+def schema_for(auto_keep: float | None, memory: MemoryPlan | None = None) -> int:
+    """The schema a bundle is written in: the oldest that has all of its entries, so that no runtime refuses what it could run."""
+    return max(1 if auto_keep is None else AUTO_KEEP_SCHEMA, 1 if memory is None else MEMORY_SCHEMA)
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -254,7 +284,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return tuple(_build(typing.get_args(kind)[0], v, where) for v in value)
     if origin is dict and isinstance(value, dict):
         return {k: _build(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
-    accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (int, float) if kind is float else (kind,)
+    accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (kind,)
+    accepted = (*accepted, int) if float in accepted else accepted
     if origin in (tuple, dict) or not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise BundleError(f"{where}: {value!r:.60} has the wrong type: export the bundle again")
     return value

@@ -32,6 +32,7 @@ REPORT_FILE = "report.json"
 VERIFY_FILE = "verify.json"
 
 SCORE_MODES = ("trace", "row", "raw", "random", "energy-high", "energy-low", "uniform")
+SCORELESS_MODES = ("random", "uniform")  # their scores look at no activation
 
 
 def past_key(layer: int) -> str:

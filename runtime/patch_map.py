@@ -108,6 +108,7 @@ class Explanation:
         budgets: the keep counts that the bundle holds.
         by_rank: the kept tokens are those of the highest scores over the whole prompt (not so over several messages, each with its own
             budget, or where nothing was scored), so that other budgets can be shown without running them.
+        auto_budgets: the budget chosen for each message's images, by `auto_keep`'s share of the scores' mass; empty without a choice.
         prompt, answer: None where no question was asked.
         ttft_ms: milliseconds to the first token; None where no question was asked.
     """
@@ -119,6 +120,8 @@ class Explanation:
     score_mode: str
     budgets: tuple[int, ...]
     by_rank: bool
+    auto_keep: float | None
+    auto_budgets: tuple[int, ...]
     prompt: str | None
     answer: str | None
     ttft_ms: float | None
@@ -161,6 +164,9 @@ class Explanation:
             f"{count} visual tokens{f' in {images} images' if images > 1 else ''}",
             f"{self.kept} kept ({100 * self.kept / count:.1f} %) from layer {self.split_layer} of {self.layers} on",
         ]
+        if self.auto_budgets and self.auto_keep is not None:
+            budgets, chosen = ", ".join(map(str, sorted(self.budgets))), ", ".join(map(str, self.auto_budgets))
+            parts.append(f"budget {chosen} of {budgets} chosen for {100 * self.auto_keep:g} % of the scores' mass")
         if self.score_range is None:
             parts.append("nothing was scored")
         else:
@@ -214,6 +220,8 @@ def explanation_of(
         score_mode=manifest.score_mode,
         budgets=manifest.budgets,
         by_rank=by_rank,
+        auto_keep=manifest.auto_keep,
+        auto_budgets=held.auto_budgets,
         prompt=None if prompt is None else printable(prompt),
         answer=printable(result.text) if isinstance(result, Generation) else None,
         ttft_ms=result.ttft_ms if isinstance(result, Generation) else None,

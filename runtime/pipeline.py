@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.budgets import Keep, largest_kept
 from runtime.chain import EngineChain
 from runtime.conversation import Conversation
 from runtime.detokenize import IncrementalDetokenizer, StopStrings
@@ -91,8 +92,8 @@ class VisionLanguageModel:
             messages: a question, or a list of messages as Hugging Face's chat templates take them
                 (`[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}]`).
             images: one for each image of the messages, in order: file names, PIL images or uint8 arrays [H, W, 3].
-            keep: visual tokens kept after the split, over all images of a message: a budget of the bundle, or "all"
-                (default: its first, or the state's).
+            keep: visual tokens kept after the split, over all images of a message: a budget of the bundle, "all", or "auto", which chooses
+                the budget for each message by its images' scores (default: the bundle's first, or the state's).
             state: from `prefill`; a question is added to its messages, a list of messages begins with them. Its images are not
                 passed again.
             options: max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed, stop_strings, eos_token_ids.
@@ -135,7 +136,7 @@ class VisionLanguageModel:
 
     # ------------------------------------------------------------ for AnswerStream
 
-    def borrow(self, prompt: Prompt, keep: int | None, state: PromptState | None, reserve: int) -> Conversation:
+    def borrow(self, prompt: Prompt, keep: Keep, state: PromptState | None, reserve: int) -> Conversation:
         """A conversation that holds as much of the prompt as is known, cut down to that, marked as in use."""
         with self.lock:
             conversation = state.conversation if state else self.cache.take(prompt, keep)
@@ -155,9 +156,9 @@ class VisionLanguageModel:
             if state is None and self.cache.limit_bytes:
                 self.cache.put(conversation)
 
-    def _begin(self, prompt: Prompt, keep: int | None, reserve: int) -> Conversation:
-        tokens = len(prompt.ids.input_ids)
-        dropped = sum(max(0, len(group.rows) - keep) for group in prompt.groups) if keep is not None else 0
+    def _begin(self, prompt: Prompt, keep: Keep, reserve: int) -> Conversation:
+        tokens, most = len(prompt.ids.input_ids), largest_kept(keep, self.manifest.budgets)
+        dropped = sum(max(0, len(group.rows) - most) for group in prompt.groups) if most is not None else 0
         return self.chain.new_conversation(tokens + reserve, tokens - dropped + reserve)
 
 
@@ -168,7 +169,7 @@ class AnswerStream:
     """
 
     def __init__(
-        self, model: VisionLanguageModel, messages: str | Sequence[Message], images: Images, keep: int | None, state: PromptState | None,
+        self, model: VisionLanguageModel, messages: str | Sequence[Message], images: Images, keep: Keep, state: PromptState | None,
         config: GenerationConfig,
     ) -> None:  # fmt: skip
         self._result: Generation | None = None
@@ -195,7 +196,7 @@ class AnswerStream:
         return self._result
 
     def _run(
-        self, model: VisionLanguageModel, messages: str | Sequence[Message], images: Images, keep: int | None, state: PromptState | None,
+        self, model: VisionLanguageModel, messages: str | Sequence[Message], images: Images, keep: Keep, state: PromptState | None,
         config: GenerationConfig,
     ) -> Generator[str, None, None]:  # fmt: skip
         watch = Stopwatch()
@@ -288,6 +289,7 @@ class _Answer:
             stages_ms=stages,
             finish_reason=self._finish_reason,
             unscored_tokens=conversation.unscored_tokens,
+            auto_budgets=conversation.auto_budgets,
         )
 
 

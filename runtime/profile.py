@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.command_line import CommandParser, run_command
+from runtime.command_line import CommandParser, keep_argument, run_command
 
 if TYPE_CHECKING:
     from runtime.profile_report import Profile
@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="tokens generated in each run (default: 16)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="images to ask about (default: synthetic ones, each different)")
     parser.add_argument("--prompt", metavar="TEXT", help="the question (default: one of about 32 text tokens, as FLOPs are counted with)")
-    parser.add_argument("--keep", type=int, metavar="R", help="the budget compared with keeping all (default: the bundle's first)")
+    parser.add_argument(
+        "--keep", type=keep_argument, metavar="R", help="the budget compared with keeping all (default: the bundle's first)"
+    )
     parser.add_argument("--threads", type=int, help="engine threads (default: one per core)")
     parser.add_argument("--output", type=Path, default=Path("profile"), metavar="DIR", help="where both files go (default: profile)")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is the profile as one JSON object")
@@ -85,14 +87,16 @@ def _measure(args: argparse.Namespace) -> Profile:
     return make_profile(subject, manifest, rounds, cold, Memory.of(loaded, peak_memory()), machine)
 
 
-def _budget(wanted: int | None, budgets: Sequence[int], visual_tokens: int) -> int:
+def _budget(wanted: int | str | None, budgets: Sequence[int], visual_tokens: int) -> int:
     from runtime.errors import UsageError
 
     pruning = [budget for budget in budgets if budget < visual_tokens]
     if wanted is None and pruning:
         return pruning[0]
-    if wanted not in pruning:
-        held = ", ".join(map(str, pruning)) or "none"
+    held = ", ".join(map(str, pruning)) or "none"
+    if wanted == "auto":
+        raise UsageError(f"--keep auto has no one latency, it keeps another number for each image: profile its budgets one by one ({held})")
+    if not isinstance(wanted, int) or wanted not in pruning:
         got = "" if wanted is None else f", not {wanted}"
         raise UsageError(f"budgets of this bundle below its {visual_tokens} visual tokens: {held}{got}; export it with another --keep")
     return wanted

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.budgets import Keep
 from runtime.conversation import Conversation
 from runtime.errors import UsageError
 from runtime.manifest import Manifest
@@ -23,11 +24,11 @@ class PromptState:
     Attributes:
         messages: what was prefilled; a question is added to its last user message, or as a new one.
         images: its images, prepared; not to be passed again.
-        keep: visual tokens kept, None for all; every question about the state uses it.
+        keep: visual tokens kept, "auto", or None for all; every question about the state uses it.
         manifest: the bundle that the caches belong to.
     """
 
-    def __init__(self, prompt: Prompt, keep: int | None, conversation: Conversation, manifest: Manifest) -> None:
+    def __init__(self, prompt: Prompt, keep: Keep, conversation: Conversation, manifest: Manifest) -> None:
         self.messages, self.images, self.keep = prompt.messages, prompt.images, keep
         self.conversation, self.manifest = conversation, manifest
 
@@ -84,7 +85,7 @@ class PrefixCache:
         """Bytes of the conversations that are not in use."""
         return sum(c.nbytes for c in self._kept.values())
 
-    def take(self, prompt: Prompt, keep: int | None) -> Conversation | None:
+    def take(self, prompt: Prompt, keep: Keep) -> Conversation | None:
         """Removes and returns the conversation that shares most with a prompt, its first images at least; None where none does."""
         least = prompt.groups[0].stop if prompt.groups else 1
         shared = {key: c.shared_with(prompt.ids.input_ids, prompt.groups, keep) for key, c in self._kept.items()}

@@ -52,6 +52,18 @@ from tests.site import Refused, Site, cut
         (["--keep-percent", "0"], "--keep-percent is the percentage of visual tokens KEPT, above 0 and up to 100; got 0"),
         (["--keep-percent", "150"], "got 150"),
         (["--keep-percent", "nan"], "got nan"),
+        (["--auto-keep", "most"], "argument --auto-keep: invalid float value: 'most'"),
+        (["--keep", "4,2", "--auto-keep", "0"], "--auto-keep is the share of the scores' mass that kept .*, above 0 and up to 1; got 0"),
+        (["--keep", "4,2", "--auto-keep", "90"], "above 0 and up to 1; got 90"),
+        (["--keep", "4,2", "--auto-keep", "-0.5"], "above 0 and up to 1; got -0.5"),
+        (["--keep", "4,2", "--auto-keep", "nan"], "above 0 and up to 1; got nan"),
+        (["--keep", "4", "--auto-keep", "0.9"], "--auto-keep chooses among budgets, and the bundle would hold 4 alone: give two or more"),
+        (["--keep", "4,4", "--auto-keep", "0.9"], "the bundle would hold 4 alone: give two or more, as --keep R,R"),
+        (
+            ["--keep", "4,2", "--auto-keep", "0.9", "--score-mode", "random"],
+            "--auto-keep means nothing with --score-mode random, whose scores see no image: choose one of trace, row, raw, energy-high",
+        ),
+        (["--keep", "4,2", "--auto-keep", "0.9", "--score-mode", "uniform"], "--auto-keep means nothing with --score-mode uniform"),
         (["--keep", "4", "--avg-keep", "9"], "argument --avg-keep: not allowed with argument --keep"),
         (
             ["--keep", "4", "--max-context", "31"],
@@ -227,8 +239,8 @@ def test_a_bundle_that_is_none_or_too_new_says_so(site: Site, refused: Refused, 
     refused(module, argv(site.checkpoint), "checkpoint holds no bundle.json")
     path = site.bundle / MANIFEST_FILE
     text = path.read_text()
-    path.write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
-    refused(module, argv(site.bundle), "the bundle has schema 2, this version reads up to 1: upgrade, or export it again")
+    path.write_text(text.replace('"schema_version": 2', '"schema_version": 99'))
+    refused(module, argv(site.bundle), "the bundle has schema 99, this version reads up to 2: upgrade, or export it again")
     path.write_text(text[: len(text) // 2])
     refused(module, argv(site.bundle), "bundle.json is not valid JSON")
     path.write_text(text.replace('"budgets"', '"bugdets"'))
@@ -286,7 +298,12 @@ def test_an_image_that_is_none_says_so(site: Site, refused: Refused, make: Calla
         (["--image", "https://example.org/a.png"], "https://example.org/a.png is a URL: download the image first and give its path"),
         (["--keep", "3"], "this bundle holds the budgets 4, 2 and all, not 3: export it with --keep 3"),
         (["--keep", "0"], "this bundle holds the budgets 4, 2 and all, not 0"),
-        (["--keep", "some"], "argument --keep: 'some' is neither a number of tokens nor 'all'"),
+        (["--keep", "some"], "argument --keep: 'some' is neither a number of tokens nor 'all' or 'auto'"),
+        (["--keep", "4" * 5000], "argument --keep: '4+.{3,}4+' is neither a number of tokens"),
+        (
+            ["--keep", "auto"],
+            "this bundle has no threshold for keep auto: export it with several budgets and --auto-keep T, or keep 4, 2 and all",
+        ),
         (["--keep", "²"], "argument --keep: "),
         (["--max-new-tokens", "0"], "max_new_tokens must be an integer of 1 or more: got 0"),
         (["--temperature", "0.5"], "temperature would have no effect without sampling"),

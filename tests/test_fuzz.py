@@ -220,7 +220,7 @@ def deep(r: random.Random, place: Place) -> Generation:
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, 2, 4, 16, -1, 3, 10**9, 10**30, 10**5000, -(10**5000), 0.0, 0.5, 1.0, 4.0, 1e-300, 1e308, 1e-45,
     5e-324, -0.5, float("nan"),
-    float("inf"), "", "4", "all", "x" * 10_000, "\ud800", b"4", [], [4], (), ("a", ""), ("a", 3), {"a": 1}, [1, -1], [2, 10**30],
+    float("inf"), "", "4", "all", "auto", "x" * 10_000, "\ud800", b"4", [], [4], (), ("a", ""), ("a", 3), {"a": 1}, [1, -1], [2, 10**30],
     object(), np.int64(4),
     np.float32(0.5), np.zeros(3), np.array(4), Image, 1j,
 )  # fmt: skip
@@ -269,7 +269,7 @@ def state_misuse(r: random.Random, place: Place) -> Generation:
             next(iter(stream), None)
             return place.ask(words(r), state=state)
     if kind == 3:
-        place.ask(words(r) + "a", state=state, keep=r.choice((None, 4, 2, "all")))
+        place.ask(words(r) + "a", state=state, keep=r.choice((None, 4, 2, "all", "auto")))
         return place.ask("hello", state=state)
     if kind == 4:
         return place.ask(state=r.choice(VALUES))
@@ -291,7 +291,7 @@ def copied(r: random.Random, place: Place) -> Path:
 
 def loaded(r: random.Random, bundle: Path) -> Generation:
     images = [np.zeros((56, 56, 3), np.uint8)] * r.choice((0, 1))
-    return load(bundle).generate(QUESTION, images, max_new_tokens=2)
+    return load(bundle).generate(QUESTION, images, keep=r.choice((None, None, "auto")), max_new_tokens=2)
 
 
 def damaged_bundle(r: random.Random, place: Place) -> Generation:
@@ -373,7 +373,10 @@ def mutate(r: random.Random, raw: Any) -> None:
 def lying_manifest(r: random.Random, place: Place) -> Generation:
     folder = copied(r, place)
     raw = json.loads((folder / MANIFEST_FILE).read_text())
-    mutate(r, raw)
+    if r.random() < 0.4:
+        raw.update(schema_version=2, auto_keep=r.choice((0.9, 0.9, float("nan"), float("inf"), 0, 1, 2, -0.1, *JSON_VALUES)))
+    if r.random() < 0.8:
+        mutate(r, raw)
     (folder / MANIFEST_FILE).write_text(json.dumps(raw))
     return loaded(r, folder)
 

@@ -110,7 +110,7 @@ def grid(questions: Sequence[HeldoutQuestion], folder: Path, splits: Sequence[in
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tiny_llava.evaluate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--bundle", type=Path, help="evaluate this bundle alone (default: build and compare the record's settings)")
-    parser.add_argument("--keep", help="with --bundle or --splits: visual tokens kept, or all (default: the bundle's first budget)")
+    parser.add_argument("--keep", help="with --bundle or --splits: visual tokens kept, all or auto (default: the bundle's first budget)")
     parser.add_argument("--splits", metavar="K[,K...]", help="compare split layers and score modes instead, keeping --keep tokens")
     parser.add_argument("--modes", default="trace,row,raw,energy-high,random", metavar="M[,M...]", help="with --splits")
     parser.add_argument("--limit", type=int, help="only the first questions")

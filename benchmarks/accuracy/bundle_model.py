@@ -42,7 +42,7 @@ class Settings:
 
     Attributes:
         bundle: the bundle's directory.
-        keep: visual tokens kept: a budget of the bundle, "all", or None for its first.
+        keep: visual tokens kept: a budget of the bundle, "all", "auto", or None for its first.
         style: "bundle": prompts and images as the bundle's own files prescribe; "llava": as LLaVA-1.5's own evaluation, with its
             system prompt and with images padded to a square, in the processor's mean colour, in place of the centre crop.
         max_new_tokens: for tasks that give none.

@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m benchmarks.accuracy.harness", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", required=True, metavar="DIR", help="made by python -m export.build")
     parser.add_argument("--tasks", required=True, metavar="T[,T...]", help="tasks of lmms-eval (python -m lmms_eval --tasks list)")
-    parser.add_argument("--keep", metavar="R[,R...]", help="budgets of the bundle, all for no pruning (default: all, then each budget)")
+    parser.add_argument(
+        "--keep", metavar="R[,R...]", help="budgets of the bundle, all for no pruning, auto (default: all, then each budget)"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where lmms-eval writes, one folder for each budget")
     parser.add_argument("--style", default="bundle", help="bundle, or llava: its system prompt, images padded (default: bundle)")
     parser.add_argument("--cache-mb", type=int, default=0, metavar="MB", help="reuse an image's caches for its further questions")
@@ -76,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     from runtime.manifest import read_manifest
 
     manifest = read_manifest(Path(args.bundle))
-    keeps = chosen_keeps(args.keep, manifest.budgets, manifest.geometry.visual_tokens)
+    keeps = chosen_keeps(args.keep, manifest.budgets, manifest.geometry.visual_tokens, manifest.auto_keep is not None)
     Settings(args.bundle, style=args.style, cache_mb=args.cache_mb)
     if any(sign in args.bundle for sign in ",'\"[]{}"):
         raise UsageError(f"--bundle is {shown(args.bundle)}; lmms-eval takes no path with a comma, quote or bracket: rename or link it")
@@ -89,8 +91,8 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def chosen_keeps(given: str | None, budgets: Sequence[int], visual_tokens: int) -> list[str]:
-    """The budgets to run, in the order given.
+def chosen_keeps(given: str | None, budgets: Sequence[int], visual_tokens: int, auto: bool = False) -> list[str]:
+    """The budgets to run, in the order given; `auto`: whether the bundle chooses one for each image where it is asked to.
 
     Raises:
         UsageError: the bundle does not have one, or one is given twice.
@@ -98,10 +100,12 @@ def chosen_keeps(given: str | None, budgets: Sequence[int], visual_tokens: int) 
     names = ["all", *(str(budget) for budget in budgets)]
     if given is None:
         return names
+    names += ["auto"] if auto else []
     keeps = [keep.strip() for keep in given.split(",")]
     absent = [keep for keep in keeps if keep not in (*names, str(visual_tokens))]
     if absent:
-        raise UsageError(f"--keep: this bundle holds {', '.join(names)}, not {', '.join(absent)}: export it with that --keep")
+        option = "several budgets and --auto-keep" if absent == ["auto"] else "that --keep"
+        raise UsageError(f"--keep: this bundle holds {', '.join(names)}, not {', '.join(absent)}: export it with {option}")
     if len(set(keeps)) < len(keeps):
         raise UsageError(f"--keep is {shown(given)}; give each budget once")
     return keeps

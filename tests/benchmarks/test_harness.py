@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy.harness import PLUGIN, Scores, main, table
+from benchmarks.accuracy.harness import PLUGIN, Scores, chosen_keeps, main, table
 from tests.conftest import ROOT
 
 # Stands in for `python -m lmms_eval`: notes how it was called, and writes results in the harness's form.
@@ -41,6 +41,11 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     return package.parent
+
+
+def test_auto_is_run_where_the_bundle_offers_it_and_it_is_asked_for() -> None:
+    assert chosen_keeps("all,auto,2", (4, 2), 16, auto=True) == ["all", "auto", "2"]
+    assert chosen_keeps(None, (4, 2), 16, auto=True) == chosen_keeps(None, (4, 2), 16) == ["all", "4", "2"]
 
 
 def run(bundle: Path, output: Path, *options: str, tasks: str = "pope") -> int:
@@ -96,6 +101,7 @@ def test_a_harness_that_ends_without_new_results_is_an_error(
     ("options", "message"),
     [
         (("--keep", "all,3"), "--keep: this bundle holds all, 4, 2, not 3: export it with that --keep"),
+        (("--keep", "auto"), "--keep: this bundle holds all, 4, 2, not auto: export it with several budgets and --auto-keep"),
         (("--keep", "2,2"), "--keep is '2,2'; give each budget once"),
         (("--style", "vicuna"), "style is 'vicuna'; expected one of bundle, llava"),
         (("--cache-mb", "-1"), "cache_mb is -1; give a whole number from 0 on"),

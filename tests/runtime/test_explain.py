@@ -291,6 +291,10 @@ def test_keeping_all_is_drawn_too(tiny_bundle: Path, scene: Path, tmp_path: Path
         (["--image", "SCENE", "--html", "OUT/" + "a" * 300 + ".html"], "cannot write .*: File name too long"),
         (["--image", "nowhere.png", "--html", "OUT/a.html"], "there is no image nowhere.png"),
         (["--image", "SCENE", "--html", "OUT/a.html", "--keep", "7"], "this bundle holds the budgets 4, 2 and all, not 7"),
+        (
+            ["--image", "SCENE", "--html", "OUT/a.html", "--keep", "auto"],
+            "this bundle has no threshold for keep auto: export it with several",
+        ),
         (["--image", "SCENE", "--html", "OUT/a.html", "--keep", "²"], "'²' is neither a number of tokens nor 'all'"),
         (["--image", "SCENE", "--html", "OUT/a.html", "--prompt", ""], "the prompt is empty"),
         (["--image", "SCENE", "--html", "OUT/a.html", "--max-new-tokens", "3"], "--max-new-tokens has no effect without a --prompt"),

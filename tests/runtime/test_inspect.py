@@ -119,6 +119,17 @@ def test_the_text_says_what_the_bundle_holds(tiny_bundle: Path, capsys: pytest.C
     assert out.count("size and SHA-256 as recorded") == len(manifest.files)
 
 
+def test_a_choice_for_each_image_is_told_with_its_threshold(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main([str(bundle)]) == 0
+    assert "per image" not in capsys.readouterr().out
+    manifest = dataclasses.replace(read_manifest(bundle), schema_version=2, auto_keep=0.29)
+    (bundle / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    assert inspect.main([str(bundle), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "\nper image keep auto chooses a budget for the images of each message: the smallest that holds 29 % of the scores' mass" in out
+    assert json.loads(out.splitlines()[-1])["manifest"]["auto_keep"] == 0.29
+
+
 def test_json_is_the_last_line_and_holds_the_manifest(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.main([str(tiny_bundle), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -27,6 +27,7 @@ from runtime.manifest import (
     TensorInfo,
     check_files,
     read_manifest,
+    schema_for,
     sha256_of,
 )
 from runtime.names import MANIFEST_FILE
@@ -76,6 +77,58 @@ def test_a_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
     assert read == manifest()
     assert Manifest.from_json(read.to_json()) == read
     check_files(bundle, read)
+
+
+def offering(threshold: Any = 0.9) -> Manifest:
+    """A manifest that offers a budget for each image."""
+    graphs = manifest().graphs
+    return dataclasses.replace(manifest(), budgets=(4, 2), graphs={**graphs, "score.2": graphs["score.4"]}, auto_keep=threshold)
+
+
+@pytest.mark.parametrize("threshold", [0.9, 1.0, 1, 1e-9])
+def test_a_threshold_reads_back_and_is_of_schema_2(threshold: float) -> None:
+    text = offering(threshold).to_json()
+    assert Manifest.from_json(text) == offering(threshold)
+    assert schema_for(threshold) == 2
+    with pytest.raises(BundleError, match="auto_keep is an entry of schema 2, the bundle has schema 1: export the bundle again"):
+        Manifest.from_json(text.replace('"schema_version": 2', '"schema_version": 1'))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_bundle_without_a_threshold_is_what_it_was_in_schema_1(version: int) -> None:
+    assert schema_for(None) == 1
+    old = dataclasses.replace(manifest(), schema_version=version)
+    assert "auto_keep" not in json.loads(old.to_json()), "a runtime that reads schema 1 refuses entries that it does not know"
+    assert Manifest.from_json(old.to_json()) == old
+    assert Manifest.from_json(json.dumps({**json.loads(old.to_json()), "auto_keep": None})) == old
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "0", "0.0", "2", "-0.5", "1.0000001", "1e400", "9" * 4000])
+def test_a_threshold_out_of_range_is_refused(value: str) -> None:
+    text = offering().to_json().replace('"auto_keep": 0.9', f'"auto_keep": {value}')
+    with pytest.raises(BundleError, match=r"^auto_keep is .{1,90}, expected above 0 and up to 1, or null: export the bundle again$"):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize("value", ["true", "false", '"0.9"', '""', "[0.9]", "[]", "{}"])
+def test_a_threshold_of_the_wrong_type_is_refused(value: str) -> None:
+    text = offering().to_json().replace('"auto_keep": 0.9', f'"auto_keep": {value}')
+    with pytest.raises(BundleError, match=r"bundle.json: auto_keep: .* has the wrong type: export the bundle again"):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": (4,)}, "the bundle has 1 and mode trace"),
+        ({"budgets": (4, 4)}, "the bundle has 1 and mode trace"),
+        ({"score_mode": "random"}, "the bundle has 2 and mode random"),
+        ({"score_mode": "uniform"}, "the bundle has 2 and mode uniform"),
+    ],
+)
+def test_a_threshold_without_a_choice_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=f"auto_keep chooses among several budgets by score, {message}: export the bundle again"):
+        dataclasses.replace(offering(), **changes)
 
 
 def test_bytes_of_a_cached_token_follow_from_the_geometry() -> None:
@@ -137,7 +190,7 @@ def test_a_newer_schema_asks_for_an_upgrade_whatever_else_it_holds(bundle: Path,
 PATHS = [field.name for field in dataclasses.fields(Manifest)]
 
 
-@pytest.mark.parametrize("name", [n for n in PATHS if n not in ("flops", "memory")])
+@pytest.mark.parametrize("name", [n for n in PATHS if n not in ("flops", "auto_keep", "memory")])
 def test_a_missing_entry_is_named(bundle: Path, name: str) -> None:
     refused(rewritten(bundle, lambda m: m.pop(name)), rf"missing or unknown entries \['{name}'\]")
 

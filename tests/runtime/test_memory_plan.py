@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import BundleError
-from runtime.manifest import Manifest
+from runtime.manifest import Manifest, schema_for
 from runtime.memory_plan import ASSUMED, DEVICE, ESTIMATED, EXACT, HOST, MEASURED, MemoryItem, MemoryPlan
 from tests.runtime.test_manifest import manifest
 
@@ -21,6 +21,7 @@ PLAN = MemoryPlan(
     ),
     memory_bytes=1000, reserve_bytes=199, export_peak_bytes=5, compile_peak_bytes=6, largest_allocation_bytes=7,
 )  # fmt: skip
+HOLDING = dataclasses.replace(manifest(), schema_version=2, memory=PLAN)
 
 
 def test_sums_follow_the_places() -> None:
@@ -39,11 +40,13 @@ def test_measured_figures_take_the_place_of_estimates() -> None:
 
 
 def test_a_manifest_reads_its_plan_back_and_needs_none() -> None:
-    with_plan = dataclasses.replace(manifest(), memory=PLAN)
-    assert Manifest.from_json(with_plan.to_json()) == with_plan
-    old = json.loads(manifest().to_json())
-    assert old.pop("memory") is None
-    assert Manifest.from_json(json.dumps(old)) == manifest()
+    assert Manifest.from_json(HOLDING.to_json()) == HOLDING
+    old = dataclasses.replace(manifest(), schema_version=1)
+    assert "memory" not in json.loads(old.to_json()), "a runtime that reads schema 1 refuses entries that it does not know"
+    assert Manifest.from_json(old.to_json()) == old
+    assert (schema_for(None), schema_for(None, PLAN)) == (1, 2)
+    with pytest.raises(BundleError, match="memory is an entry of schema 2, the bundle has 1: export the bundle again"):
+        dataclasses.replace(HOLDING, schema_version=1)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +64,7 @@ def test_a_manifest_reads_its_plan_back_and_needs_none() -> None:
     ],
 )
 def test_a_malformed_plan_is_named(change: Callable[[dict[str, Any]], object], message: str) -> None:
-    raw = json.loads(dataclasses.replace(manifest(), memory=PLAN).to_json())
+    raw = json.loads(HOLDING.to_json())
     change(raw["memory"])
     with pytest.raises(BundleError, match=message):
         Manifest.from_json(json.dumps(raw))

@@ -403,6 +403,11 @@ def test_the_figures_agree_with_each_other(profiled: tuple[Path, list[str], dict
         (["--max-new-tokens", "1"], "--max-new-tokens is 1: give 2 or more"),
         (["--keep", "7"], "budgets of this bundle below its 16 visual tokens: 4, 2, not 7; export it with another --keep"),
         (["--keep", "16"], "below its 16 visual tokens: 4, 2, not 16"),
+        (["--keep", "all"], "below its 16 visual tokens: 4, 2, not all"),
+        (
+            ["--keep", "auto"],
+            "--keep auto has no one latency, it keeps another number for each image: profile its budgets one by one (4, 2)",
+        ),
         (["--images", "nowhere"], "--images nowhere holds no image"),
         (["--output", "file/inside"], "cannot make the directory file"),
         (["--bundle", "nowhere"], "nowhere is not a directory: name a bundle"),
