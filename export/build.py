@@ -2,6 +2,7 @@
 
     python -m export.build --model tiny-llava --target cpu
     python -m export.build --model llava15 --target cpu --checkpoint DIR --keep 166 --split-layer 2
+    python -m export.build --list-targets
 
 The bundle is written beside its place and moved there whole: a failed build leaves an earlier bundle as it was.
 """
@@ -109,7 +110,7 @@ class _Writer:
         plan, d = self.plan, self.plan.spec.decoder
         flops = stage_flops(plan, self.directory, self.graphs)
         return Manifest(
-            schema_version=schema_for(plan.auto_keep), tool_version=TOOL_VERSION,
+            schema_version=schema_for(plan.auto_keep, plan.memory), tool_version=TOOL_VERSION,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             family=plan.model.family, model=plan.model.name, target=plan.target.name, precision=plan.precision,
             source=Source(plan.checkpoint.name, plan.checkpoint.revision),
@@ -119,7 +120,7 @@ class _Writer:
             ),
             split_layer=plan.split_layer, score_mode=plan.score_mode, budgets=plan.budgets, max_context=plan.max_context,
             image_token=plan.checkpoint.image_token(plan.spec.image_token_id), image_token_id=plan.spec.image_token_id,
-            embedding=EMBEDDING_FILE, graphs=self.graphs, files=self.files, flops=flops, auto_keep=plan.auto_keep,
+            embedding=EMBEDDING_FILE, graphs=self.graphs, files=self.files, flops=flops, memory=plan.memory, auto_keep=plan.auto_keep,
         )  # fmt: skip
 
 
@@ -130,6 +131,7 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
         progress: called with the number of weight bytes after each tensor.
 
     Raises:
+        UsageError: it does not fit into the target's memory, or building for the target is not implemented.
         BundleExistsError: `output` holds something else, or another build is writing it.
         StorageError: it cannot be written.
     """
@@ -137,6 +139,7 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
     from export.staging import staged
     from runtime.names import MANIFEST_FILE, REPORT_FILE
 
+    check_buildable(plan)
     with staged(output) as directory:
         manifest = _Writer(plan, directory, progress or (lambda _: None)).write()
         (directory / REPORT_FILE).write_text(json.dumps(make_report(plan, manifest), indent=2) + "\n", encoding="utf-8")
@@ -144,10 +147,49 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
     return manifest
 
 
+def obstacles(plan: BuildPlan) -> list[str]:
+    """Why a plan cannot be built, a line each: its target's memory, and what is not implemented yet. The only place that says so."""
+    from export.memory_plan import misfit
+
+    problem = misfit(plan.memory_request, plan.model.name)
+    lines = [problem] if problem else []
+    if (plan.target.engine, plan.precision) != ("onnxruntime", "fp32"):
+        lines.append(
+            f"building {plan.precision} for target {plan.target.name} is not implemented yet: what can be built is --target cpu in fp32; "
+            "--dry-run prints plan and memory for every target"
+        )
+    return lines
+
+
+def check_buildable(plan: BuildPlan) -> None:
+    """Raises UsageError with the first of a plan's obstacles."""
+    from runtime.errors import UsageError
+
+    for line in obstacles(plan):
+        raise UsageError(line)
+
+
+class _ListTargets(argparse.Action):
+    """`--list-targets`: prints the table and ends, whatever else is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from export.configs import list_targets, load_target_config
+        from export.targets import describe_targets
+        from runtime.errors import UsageError
+
+        try:
+            print(describe_targets([(name, load_target_config(name)) for name in list_targets()]))
+        except UsageError as error:
+            parser.error(str(error))
+        parser.exit(0)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m export.build", description="Export a multimodal LLM, split at its entropy collapse layer.")
     parser.add_argument("--model", required=True, help="a model of configs/models, e.g. tiny-llava or llava15")
     parser.add_argument("--target", default="cpu", help="a target of configs/targets (default: cpu)")
+    parser.add_argument("--list-targets", action=_ListTargets, nargs=0, help="print the targets, with chip, memory and precisions, and end")
+    parser.add_argument("--device-memory", metavar="SIZE", help="the target's memory, such as 12GB, where a target is a family of cards")
     parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="Hugging Face checkpoint directory, or an id in the local cache")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
@@ -183,7 +225,8 @@ def _options(args: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         model=args.model, target=args.target, checkpoint=args.checkpoint, keep=args.keep, avg_keep=args.avg_keep,
         keep_percent=args.keep_percent, split_layer=args.split_layer, score_mode=args.score_mode, precision=args.precision,
-        max_context=args.max_context, debug=args.debug_outputs, plan=args.plan, auto_keep=args.auto_keep,
+        max_context=args.max_context, debug=args.debug_outputs, plan=args.plan, device_memory=args.device_memory,
+        auto_keep=args.auto_keep,
     )  # fmt: skip
 
 
@@ -202,8 +245,9 @@ def _run(args: argparse.Namespace) -> int:
     check_destination(output)
     print(describe_plan(plan, output), file=sys.stderr)
     if args.dry_run:
-        print("dry run: nothing was written")
+        print("\n".join([*obstacles(plan), "dry run: nothing was written"]))
         return 0
+    check_buildable(plan)
     _check_space(plan, output)
     total = plan.weights.bytes_to_write()
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None, file=sys.stderr) as bar:

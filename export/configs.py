@@ -1,4 +1,4 @@
-"""The files of `configs/`, read and validated: one per model, one per target.
+"""The files of `configs/`, read and validated: one per model, one per target (what a target is stands in `export.targets`).
 
 Found through the installed package, so a wheel outside the clone works too. Knows nothing about checkpoints' contents.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import configs
 from export.spec import ClipVisionSpec, DecoderSpec, ModelSpec
+from export.targets import TargetConfig
 from runtime.errors import CheckpointError, UsageError
 from runtime.names import SCORE_MODES
 
@@ -98,24 +99,6 @@ class ModelConfig:
         raise CheckpointError(f"model {self.name} has no default checkpoint: name one with --checkpoint DIR")
 
 
-@dataclass(frozen=True, slots=True)
-class TargetConfig:
-    """One file of `configs/targets`: the engine and the precisions it runs; `name` is the file's."""
-
-    name: str
-    description: str
-    engine: str
-    precisions: tuple[str, ...]
-    default_precision: str
-
-    def __post_init__(self) -> None:
-        if self.default_precision not in self.precisions:
-            raise UsageError(
-                f"the config of target {self.name} has default_precision {self.default_precision!r}, "
-                f"which is not among its precisions {', '.join(self.precisions)}"
-            )
-
-
 def list_models() -> tuple[str, ...]:
     """The names that `--model` takes, sorted."""
     return _names("models")
@@ -132,17 +115,26 @@ def load_model_config(name: str) -> ModelConfig:
     Raises:
         UsageError: there is no such model (the message lists those there are), or its file is malformed.
     """
-    config: ModelConfig = _load(ModelConfig, "models", "model", name)
+    config: ModelConfig = build_table(ModelConfig, {"name": name, **_read("models", "model", name)}, f"configs/models/{name}.toml")
     return config
 
 
 def load_target_config(name: str) -> TargetConfig:
-    """Reads one target's config.
+    """Reads one target's config; an alias gives the target it stands for, under that one's name.
 
     Raises:
         UsageError: there is no such target (the message lists those there are), or its file is malformed.
     """
-    config: TargetConfig = _load(TargetConfig, "targets", "target", name)
+    table = _read("targets", "target", name)
+    if "alias_of" in table:
+        where = f"configs/targets/{name}.toml"
+        other = table["alias_of"]
+        if set(table) - {"alias_of", "description"}:
+            raise UsageError(f"{where}: an alias has no entries of its own; keep alias_of and description")
+        if other == name or other not in list_targets() or "alias_of" in _read("targets", "target", other):
+            raise UsageError(f"{where}: alias_of = {other!r} is not another target that is no alias itself")
+        return load_target_config(other)
+    config: TargetConfig = build_table(TargetConfig, {"name": name, **table}, f"configs/targets/{name}.toml")
     return config
 
 
@@ -157,12 +149,11 @@ def _names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in _folder(kind).iterdir() if entry.name.endswith(".toml")))
 
 
-def _load(cls: Any, kind: str, word: str, name: str) -> Any:
+def _read(kind: str, word: str, name: str) -> dict[str, Any]:
+    """One file as a table."""
     names = _names(kind)
     if name not in names:
-        close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-        guess = f"did you mean {close[0]}? " if close else ""
-        raise UsageError(f"unknown {word} {name!r}: {guess}--{word} takes {', '.join(names)}")
+        raise UsageError(f"unknown {word} {name!r}: {_guess(name.lower(), names)}--{word} takes {', '.join(names)}")
     where = f"configs/{kind}/{name}.toml"
     try:
         table = tomllib.loads((_folder(kind) / f"{name}.toml").read_text(encoding="utf-8"))
@@ -170,7 +161,13 @@ def _load(cls: Any, kind: str, word: str, name: str) -> Any:
         raise UsageError(f"{where} is not valid TOML: {error}") from error
     if "name" in table:
         raise UsageError(f"{where}: the entry name is not allowed, a {word} is called as its file is")
-    return build_table(cls, {"name": name, **table}, where)
+    return table
+
+
+def _guess(text: str, names: tuple[str, ...]) -> str:
+    """A question about the name that was probably meant: one spelt alike, or else one that has the text in it."""
+    alike = difflib.get_close_matches(text, names, n=1, cutoff=0.5) or [name for name in names if len(text) > 2 and text in name]
+    return f"did you mean {alike[0]}? " if alike else ""
 
 
 def build_table(cls: Any, table: dict[str, Any], where: str) -> Any:

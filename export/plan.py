@@ -11,10 +11,13 @@ from export import calibration_plan
 from export.budget import average_from_keep, check_auto_keep, check_keep, check_split, keep_from_average, keep_from_percent
 from export.calibration_plan import CalibrationPlan
 from export.checkpoint import Checkpoint
-from export.configs import ModelConfig, TargetConfig, load_model_config, load_target_config
+from export.configs import ModelConfig, load_model_config, load_target_config
 from export.families import FamilyWeights, adapter_for
+from export.memory_plan import MemoryRequest, plan_memory
 from export.spec import ModelSpec
+from export.targets import TargetConfig
 from runtime.errors import UsageError
+from runtime.memory_plan import MemoryPlan
 from runtime.names import SCORE_MODES
 
 BUDGET_OPTIONS = ("keep", "avg_keep", "keep_percent")
@@ -25,7 +28,7 @@ MIN_SCORED_HEADS = 3  # centring over heads leaves rank H - 1: with 2 heads ever
 class BuildOptions:
     """The command line's wishes; None means what the plan says, else the default. At most one of the three budgets is given.
 
-    `plan` is the path of a calibration's plan.json.
+    `plan` is the path of a calibration's plan.json; `device_memory` a size such as "12GB".
     """
 
     model: str
@@ -40,6 +43,7 @@ class BuildOptions:
     max_context: int | None = None
     debug: bool = False
     plan: str | None = None
+    device_memory: str | None = None
     auto_keep: float | None = None
 
 
@@ -89,6 +93,16 @@ class BuildPlan:
         """The paper's average over layers that a keep count means."""
         return average_from_keep(keep, visual_tokens=self.visual_tokens, split_layer=self.split_layer, layers=self.spec.decoder.layers)
 
+    @property
+    def memory_request(self) -> MemoryRequest:
+        """What the memory plan is computed from: the largest budget, the whole context."""
+        return MemoryRequest(self.spec, self.target, self.precision, self.split_layer, max(self.budgets), self.max_context)
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """What the bundle will need of its target's memory."""
+        return plan_memory(self.memory_request)
+
 
 def make_plan(options: BuildOptions) -> BuildPlan:
     """Settles a build and validates the checkpoint, reading its headers but none of its weights.
@@ -100,9 +114,9 @@ def make_plan(options: BuildOptions) -> BuildPlan:
     model, target = load_model_config(options.model), load_target_config(options.target)
     if options.score_mode not in (None, *SCORE_MODES):
         raise UsageError(f"unknown --score-mode {options.score_mode!r}: choose one of {', '.join(SCORE_MODES)}")
-    precision = options.precision or target.default_precision
-    if precision not in target.precisions:
-        raise UsageError(f"--precision {precision} is not offered for target {target.name}: choose one of {', '.join(target.precisions)}")
+    if options.device_memory is not None:
+        target = target.with_memory(options.device_memory)
+    precision = choose_precision(options.precision, target)
     calibration = None if options.plan is None else _read_plan(Path(options.plan))
     checkpoint = Checkpoint.open(options.checkpoint or model.default_checkpoint())
     adapter = adapter_for(checkpoint.config, model.family)
@@ -119,13 +133,25 @@ def make_plan(options: BuildOptions) -> BuildPlan:
             f"--score-mode {score_mode} needs at least {MIN_SCORED_HEADS} query heads, the model has {spec.decoder.query_heads}: "
             "choose dpp, energy-high, energy-low, random or uniform"
         )
-    budgets = _budgets(options, model, spec, split)
+    budgets = choose_budgets(options, model, spec, split)
     return BuildPlan(
         model=model, target=target, checkpoint=checkpoint, spec=spec, weights=weights, split_layer=split,
         budgets=budgets, score_mode=score_mode, precision=precision,
-        max_context=_max_context(options, model, spec), origins=origins, debug=options.debug, calibration=calibration,
+        max_context=choose_context(options, model, spec), origins=origins, debug=options.debug, calibration=calibration,
         auto_keep=check_auto_keep(options.auto_keep, budgets=budgets, score_mode=score_mode),
     )  # fmt: skip
+
+
+def choose_precision(wanted: str | None, target: TargetConfig) -> str:
+    """The precision asked for, or the target's default.
+
+    Raises:
+        UsageError: the target does not run it; the message lists what it runs.
+    """
+    precision = wanted or target.default_precision
+    if precision not in target.precisions:
+        raise UsageError(f"--precision {precision} is not offered for target {target.name}: choose one of {', '.join(target.precisions)}")
+    return precision
 
 
 def _read_plan(path: Path) -> PlanFile:
@@ -154,7 +180,7 @@ def _settle(options: BuildOptions, model: ModelConfig, calibration: PlanFile | N
     return options, Origins(split, budgets, mode)
 
 
-def _budgets(options: BuildOptions, model: ModelConfig, spec: ModelSpec, split: int) -> tuple[int, ...]:
+def choose_budgets(options: BuildOptions, model: ModelConfig, spec: ModelSpec, split: int) -> tuple[int, ...]:
     count, layers = spec.vision.visual_tokens, spec.decoder.layers
     given = [name for name in BUDGET_OPTIONS if getattr(options, name) is not None]
     if len(given) > 1:
@@ -173,7 +199,7 @@ def _budgets(options: BuildOptions, model: ModelConfig, spec: ModelSpec, split: 
     return tuple(dict.fromkeys(check_keep(k, visual_tokens=count) for k in keeps))
 
 
-def _max_context(options: BuildOptions, model: ModelConfig, spec: ModelSpec) -> int:
+def choose_context(options: BuildOptions, model: ModelConfig, spec: ModelSpec) -> int:
     limit = spec.decoder.max_positions
     wanted = min(model.max_context, limit) if options.max_context is None else options.max_context
     least = spec.vision.visual_tokens + 16

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from export.flops import count_flops
+from export.memory_plan import stored_bytes
+from export.memory_table import describe_memory, memory_report
 from export.plan import BuildPlan
+from export.precision import scheme_of
 from runtime import names
 from runtime.flops import COUNTED_TEXT_TOKENS as TEXT_TOKENS
 from runtime.manifest import GraphInfo, Manifest
@@ -68,6 +71,7 @@ def make_report(plan: BuildPlan, manifest: Manifest) -> dict[str, Any]:
         "bytes": {name: info.bytes for name, info in manifest.files.items()},
         "bytes_total": sum(info.bytes for info in manifest.files.values()),
         "flops": flops, "decoder_flops_dense": dense, "flops_source": "counted from the exported graphs; a multiply-add counts as 2",
+        "memory": None if manifest.memory is None else memory_report(manifest.memory),
         "kv_bytes_per_token": {"pre_ecl": d.kv_bytes_per_token(k), "post_ecl": d.kv_bytes_per_token(d.layers - k)},
         "kv_bytes_of_one_image_dense": n * d.kv_bytes_per_token(d.layers), "budgets": budgets,
     }  # fmt: skip
@@ -75,7 +79,7 @@ def make_report(plan: BuildPlan, manifest: Manifest) -> dict[str, Any]:
 
 def describe_plan(plan: BuildPlan, output: Path) -> str:
     """The plan in a few lines, printed before anything is written."""
-    d, v, k = plan.spec.decoder, plan.spec.vision, plan.split_layer
+    d, v, k, scheme = plan.spec.decoder, plan.spec.vision, plan.split_layer, scheme_of(plan.precision)
     budgets = ", ".join(f"keep {r} of {plan.visual_tokens} (average {plan.average_keep(r):.1f} over layers)" for r in plan.budgets)
     if plan.auto_keep is not None:
         budgets += f"; keep auto: the smallest that holds {100 * plan.auto_keep:g} % of an image's score mass"
@@ -86,12 +90,17 @@ def describe_plan(plan: BuildPlan, output: Path) -> str:
         ("split", f"layers 0..{k - 1} see every token, layers {k}..{d.layers - 1} the kept ones; score: {plan.score_mode}"),
         ("budgets", budgets),
         ("chosen by", f"split: {plan.origins.split_layer}; budgets: {plan.origins.budgets}; score: {plan.origins.score_mode}"),
-        ("weights", f"{format_bytes(plan.weights.bytes_to_write())} in {plan.precision}"),
-        ("KV cache", " + ".join(format_bytes(d.kv_bytes_per_token(n)) for n in (k, d.layers - k)) + " per token (before, after the split)"),
+        ("weights", f"{format_bytes(stored_bytes(plan.spec, plan.precision))} in {plan.precision}: {scheme.words}"),
+        (
+            "KV cache",
+            " + ".join(format_bytes(d.kv_bytes_per_token(n, scheme.plain_bytes)) for n in (k, d.layers - k))
+            + " per token (before, after the split)",
+        ),
         ("context", f"{plan.max_context} tokens"),
         ("output", f"{output}  (target {plan.target.name})"),
     ]  # fmt: skip
-    return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+    lines = [f"  {name:<11} {text}" for name, text in rows]
+    return "\n".join([*lines, *describe_memory(plan.memory, plan.target)])
 
 
 def describe_report(report: Mapping[str, Any], output: Path) -> str:

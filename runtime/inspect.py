@@ -97,6 +97,9 @@ def _needs(found: Inspection) -> list[str]:
         ("sum", [n.total_bytes for n in found.memory]),
     )
     lines += [f"  {name:<38}" + "".join(f"{format_bytes(value):>14}" for value in values) for name, values in rows]
+    if m.memory is not None:
+        words = f"planned when it was built for {m.target}, with activations and the process, keep {m.memory.keep}"
+        lines.append(f"  {format_bytes(m.memory.total_bytes)} {words}")
     return [
         *lines,
         "  from the files' sizes and the geometry; activations and copies that the engine packs come on top: runtime.profile measures",

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import BundleError, StorageError, shown
+from runtime.memory_plan import MemoryPlan
 from runtime.names import MANIFEST_FILE, SCORE_MODES, SCORELESS_MODES, score_graph
 
 SCHEMA_VERSION = 2
-AUTO_KEEP_SCHEMA = 2  # from here on there is `auto_keep`
+AUTO_KEEP_SCHEMA = MEMORY_SCHEMA = 2  # from here on there are `auto_keep` and `memory`
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_CONTEXT = 1 << 24
 MAX_NAME = 200
@@ -88,7 +89,8 @@ class Manifest:
     `split_layer` is K: layers 0..K-1 see every token. `budgets` are the keep counts built in, the default first. `flops` holds
     counted figures per stage (report.json has the details). `embedding` is the token table's file, [vocab, hidden] float32 row
     after row. `image_token` is the placeholder's text in a rendered prompt. `auto_keep` is the share of the scores' mass that the budget
-    chosen for an image must hold (`runtime.budgets`); None where the bundle offers no choice.
+    chosen for an image must hold (`runtime.budgets`); None where the bundle offers no choice. `memory` is what the
+    bundle needs of its target; None in bundles of before.
     """
 
     schema_version: int
@@ -110,6 +112,7 @@ class Manifest:
     graphs: dict[str, GraphInfo]
     files: dict[str, FileInfo]
     flops: dict[str, float] = field(default_factory=dict)
+    memory: MemoryPlan | None = None
     auto_keep: float | None = None
 
     def __post_init__(self) -> None:
@@ -132,6 +135,10 @@ class Manifest:
             raise BundleError(f"no score graph for the budgets {missing or '(none listed)'}: export the bundle again")
         if self.auto_keep is not None:
             self._check_auto_keep(self.auto_keep)
+        if self.memory is not None and self.schema_version < MEMORY_SCHEMA:
+            raise BundleError(
+                f"memory is an entry of schema {MEMORY_SCHEMA}, the bundle has {self.schema_version}: export the bundle again"
+            )
         for name in (*self.files, *(g.file for g in self.graphs.values()), self.embedding):
             _check_inside(name)
         for name in (*(g.file for g in self.graphs.values()), self.embedding):
@@ -150,10 +157,11 @@ class Manifest:
         raise BundleError(f"{wrong}: export the bundle again")
 
     def to_json(self) -> str:
-        """The text of bundle.json; without `auto_keep` where there is none, as every schema reads it."""
+        """The text of bundle.json; without `auto_keep` and `memory` where there is none, as every schema reads it."""
         entries = dataclasses.asdict(self)
-        if self.auto_keep is None:
-            del entries["auto_keep"]
+        for name in ("auto_keep", "memory"):
+            if entries[name] is None:
+                del entries[name]
         return json.dumps(entries, indent=2) + "\n"
 
     @classmethod
@@ -171,9 +179,9 @@ class Manifest:
         return result
 
 
-def schema_for(auto_keep: float | None) -> int:
+def schema_for(auto_keep: float | None, memory: MemoryPlan | None = None) -> int:
     """The schema a bundle is written in: the oldest that has all of its entries, so that no runtime refuses what it could run."""
-    return 1 if auto_keep is None else AUTO_KEEP_SCHEMA
+    return max(1 if auto_keep is None else AUTO_KEEP_SCHEMA, 1 if memory is None else MEMORY_SCHEMA)
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -260,6 +268,9 @@ def _check_positive(name: str, value: int) -> None:
 def _build(kind: Any, value: Any, where: str) -> Any:
     """Makes a typed value out of parsed JSON, or says which entry is wrong."""
     origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType) and type(None) in typing.get_args(kind):  # an optional entry
+        (kind,) = (member for member in typing.get_args(kind) if member is not type(None))
+        return None if value is None else _build(kind, value, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise BundleError(f"{where}: expected an object, got {type(value).__name__}: export the bundle again")
@@ -275,6 +286,6 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return {k: _build(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
     accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (kind,)
     accepted = (*accepted, int) if float in accepted else accepted
-    if origin in (tuple, dict) or not isinstance(value, accepted) or isinstance(value, bool):
+    if origin in (tuple, dict) or not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise BundleError(f"{where}: {value!r:.60} has the wrong type: export the bundle again")
     return value

@@ -69,9 +69,9 @@ def adapter_for(config: dict[str, Any], family: str) -> Family:
         UsageError: there is no adapter of that name.
         CheckpointError: the config is of another architecture.
     """
-    adapter = _adapter(family)
+    adapter = find_adapter(family)
     if not adapter.matches(config):
-        fitting = [name for name in families() if _adapter(name).matches(config)]
+        fitting = [name for name in families() if find_adapter(name).matches(config)]
         hint = f"choose a --model of family {fitting[0]}" if fitting else "this architecture is not implemented"
         raise CheckpointError(
             f"the checkpoint is not of family {family}: its {CONFIG_FILE} has model_type {config.get('model_type')!r} "
@@ -80,7 +80,8 @@ def adapter_for(config: dict[str, Any], family: str) -> Family:
     return adapter
 
 
-def _adapter(family: str) -> Family:
+def find_adapter(family: str) -> Family:
+    """The adapter of a family by its name; UsageError where there is none."""
     if family not in families():
         raise UsageError(f"there is no model family {family!r}: known are {', '.join(families())}")
     adapter: Family = importlib.import_module(f"{__name__}.{family}").FAMILY

@@ -109,6 +109,7 @@ def test_the_text_says_what_the_bundle_holds(tiny_bundle: Path, capsys: pytest.C
         "keep 4 of 16 (10.0 on average over the layers), keep 2 of 16 (9.0",
         "512 tokens, prompt and answer together",
         "past_key_values.2..3.value",
+        "MB planned when it was built for cpu, with activations and the process, keep 4",
         "counted in the exported graphs when the bundle was built",
         f"Files: {len(manifest.files)}",
         "there is none: python -m export.verify",
