@@ -30,6 +30,7 @@ class EngineChain:
     def __init__(self, bundle: Path, manifest: Manifest, threads: int | None = None) -> None:
         self.manifest = manifest
         _check_tables(manifest)
+        self._dtype = _dtype_of_halves(manifest)
         self._engines: dict[str, Engine] = {
             name: OnnxRuntimeEngine(bundle / graph.file, graph, threads) for name, graph in manifest.graphs.items()
         }
@@ -40,8 +41,8 @@ class EngineChain:
     def new_conversation(self, tokens: int, kept_tokens: int) -> Conversation:
         """Empty caches with room for `tokens` before the split and `kept_tokens` after it (they grow when they must)."""
         g, k, limit = self.manifest.geometry, self.manifest.split_layer, self.manifest.max_context
-        pre = KVGroup(range(k), g.kv_heads, g.head_size, tokens, limit)
-        post = KVGroup(range(k, g.layers), g.kv_heads, g.head_size, kept_tokens, limit)
+        pre = KVGroup(range(k), g.kv_heads, g.head_size, tokens, limit, self._dtype)
+        post = KVGroup(range(k, g.layers), g.kv_heads, g.head_size, kept_tokens, limit, self._dtype)
         return Conversation(pre, post)
 
     def extend(
@@ -98,7 +99,7 @@ class EngineChain:
     def decode(self, conversation: Conversation, token_id: int) -> np.ndarray:
         """Appends one token to both groups; returns the logits [vocab] float32 that follow it."""
         position = np.array([conversation.next_position], dtype=np.int64)
-        embeds = np.ascontiguousarray(self._embedding[token_id][None, None])
+        embeds = np.ascontiguousarray(self._embedding[token_id][None, None], self._dtype)
         with self._lock:
             (hidden,) = self.run_half(names.PRE_ECL, embeds, position, conversation.pre, [names.HIDDEN_STATES])
             (logits,) = self.run_half(names.POST_ECL, hidden, position, conversation.post, [names.LOGITS])
@@ -142,7 +143,7 @@ class EngineChain:
     # ------------------------------------------------------------ the stages
 
     def embed(self, input_ids: np.ndarray, visual_rows: np.ndarray, pixel_values: np.ndarray | None, watch: Stopwatch) -> np.ndarray:
-        """[1, S, d] float32: rows of the token table, and the images' rows at `visual_rows`."""
+        """[1, S, d] of the halves' type: rows of the token table, and the images' rows at `visual_rows`."""
         image_embeds = None
         if pixel_values is not None:
             with watch.stage(names.VISION):
@@ -150,7 +151,7 @@ class EngineChain:
         with watch.stage("embed"):
             input_ids = np.array(input_ids)
             input_ids[visual_rows] = 0  # the placeholder may lie beyond the table
-            embeds = np.array(self._embedding[input_ids])
+            embeds = np.array(self._embedding[input_ids], self._dtype)
             if image_embeds is not None:
                 if len(image_embeds) != len(visual_rows):
                     raise BundleError(
@@ -204,6 +205,15 @@ def _check_tables(manifest: Manifest) -> None:
         shapes = {t.name: t.shape for t in manifest.graphs[names.score_graph(keep)].outputs}
         if shapes.get(names.KEPT_INDICES) != (keep,):
             raise BundleError(f"the graph {names.score_graph(keep)} does not keep {keep} tokens: export the bundle again")
+
+
+def _dtype_of_halves(manifest: Manifest) -> str:
+    """numpy's name of the type of activations and caches, which both halves must share."""
+    found = {t.dtype for name in (names.PRE_ECL, names.POST_ECL) for t in manifest.graphs[name].inputs if not t.dtype.startswith("int")}
+    dtype = found.pop() if len(found) == 1 else "mixed"
+    if dtype not in ("float32", "float16"):
+        raise BundleError(f"the decoder halves are of type {dtype}, ONNX Runtime on a CPU runs float32 and float16: export the bundle as fp32")
+    return dtype
 
 
 def _map_embedding(path: Path, shape: tuple[int, int]) -> np.ndarray:
