@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.engine_info import EngineInfo
 from runtime.errors import BundleError, StorageError
 from runtime.names import MANIFEST_FILE, SCORE_MODES, score_graph
 
@@ -85,7 +86,7 @@ class Manifest:
     """Everything a runtime may believe about a bundle.
 
     `split_layer` is K: layers 0..K-1 see every token. `budgets` are the keep counts built in, the default first. `flops` holds
-    counted figures per stage (report.json has the details). `embedding` is the token table's file, [vocab, hidden] float32 row
+    counted figures per stage (report.json has the details). `engines` are compiled from the graphs by `runtime.compile`. `embedding` is the token table's file, [vocab, hidden] float32 row
     after row. `image_token` is the placeholder's text in a rendered prompt.
     """
 
@@ -108,6 +109,7 @@ class Manifest:
     graphs: dict[str, GraphInfo]
     files: dict[str, FileInfo]
     flops: dict[str, float] = field(default_factory=dict)
+    engines: tuple[EngineInfo, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.schema_version <= SCHEMA_VERSION:
@@ -127,14 +129,26 @@ class Manifest:
         missing = [b for b in self.budgets if score_graph(b) not in self.graphs]
         if missing or not self.budgets:
             raise BundleError(f"no score graph for the budgets {missing or '(none listed)'}: export the bundle again")
-        for name in (*self.files, *(g.file for g in self.graphs.values()), self.embedding):
+        for name in (*self.files, *(g.file for g in self.graphs.values()), self.embedding, *(e.file for e in self.engines)):
             _check_inside(name)
-        for name in (*(g.file for g in self.graphs.values()), self.embedding):
+        for name in (*(g.file for g in self.graphs.values()), self.embedding, *(e.file for e in self.engines)):
             if name not in self.files:
                 raise BundleError(f"{name} is used but not listed among the bundle's files: export the bundle again")
+        strangers = [e.graph for e in self.engines if e.graph not in self.graphs]
+        if strangers:
+            raise BundleError(f"there is an engine of {strangers[0]!r:.60}, and no such graph: export and compile the bundle again")
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        raw = dataclasses.asdict(self)
+        if not self.engines:  # as bundles were before there were any
+            del raw["engines"]
+        return json.dumps(raw, indent=2) + "\n"
+
+    def export_sha256(self) -> str:
+        """SHA-256 of the manifest as it was exported: compiling engines leaves it as it is."""
+        engines = {engine.file for engine in self.engines}
+        files = {name: info for name, info in self.files.items() if name not in engines}
+        return hashlib.sha256(dataclasses.replace(self, files=files, engines=()).to_json().encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -147,7 +161,7 @@ class Manifest:
             raise BundleError(
                 f"the bundle has schema {raw['schema_version']}, this version reads up to {SCHEMA_VERSION}: upgrade, or export it again"
             )
-        result: Manifest = _build(cls, raw, MANIFEST_FILE)
+        result: Manifest = build_typed(cls, raw, MANIFEST_FILE)
         return result
 
 
@@ -232,8 +246,8 @@ def _check_positive(name: str, value: int) -> None:
         raise BundleError(f"{name} is {value}, expected 1 or more: export the bundle again")
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Makes a typed value out of parsed JSON, or says which entry is wrong."""
+def build_typed(kind: Any, value: Any, where: str) -> Any:
+    """Makes a typed value out of parsed JSON; raises BundleError, which says which entry is wrong."""
     origin = typing.get_origin(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
@@ -243,12 +257,12 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         wrong = sorted(needed - set(value)) or sorted(set(value) - set(hints))
         if wrong:
             raise BundleError(f"{where}: missing or unknown entries {wrong}: export the bundle again")
-        return kind(**{k: _build(hints[k], v, f"{where}: {k}") for k, v in value.items()})
+        return kind(**{k: build_typed(hints[k], v, f"{where}: {k}") for k, v in value.items()})
     if origin is tuple and isinstance(value, list):
-        return tuple(_build(typing.get_args(kind)[0], v, where) for v in value)
+        return tuple(build_typed(typing.get_args(kind)[0], v, where) for v in value)
     if origin is dict and isinstance(value, dict):
-        return {k: _build(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
+        return {k: build_typed(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
     accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (int, float) if kind is float else (kind,)
-    if origin in (tuple, dict) or not isinstance(value, accepted) or isinstance(value, bool):
+    if origin in (tuple, dict) or not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise BundleError(f"{where}: {value!r:.60} has the wrong type: export the bundle again")
     return value
