@@ -130,9 +130,7 @@ def negative_controls(chain: EngineChain, eager: EagerPrunedLlava, prompt: Promp
     if chain.manifest.geometry.layers - chain.manifest.split_layer > 1:  # with one layer left, the last row sees every order alike
         mistakes.append(("unsorted indices", _unsort))
     for name, mistake in mistakes:
-        yield Check(
-            f"control: {name}", relative_error(_pieces(chain, prompt, kept, mistake), expected), tolerance, must_fail=True
-        )
+        yield Check(f"control: {name}", relative_error(_pieces(chain, prompt, kept, mistake), expected), tolerance, must_fail=True)
     token = int(expected.argmax())
     after = eager.decode(token)
     conversation, _ = _prefill(chain, prompt, kept)

@@ -212,7 +212,9 @@ def _dtype_of_halves(manifest: Manifest) -> str:
     found = {t.dtype for name in (names.PRE_ECL, names.POST_ECL) for t in manifest.graphs[name].inputs if not t.dtype.startswith("int")}
     dtype = found.pop() if len(found) == 1 else "mixed"
     if dtype not in ("float32", "float16"):
-        raise BundleError(f"the decoder halves are of type {dtype}, ONNX Runtime on a CPU runs float32 and float16: export the bundle as fp32")
+        raise BundleError(
+            f"the decoder halves are of type {dtype}, ONNX Runtime on a CPU runs float32 and float16: export the bundle as fp32"
+        )
     return dtype
 
 

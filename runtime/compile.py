@@ -19,7 +19,9 @@ from runtime.command_line import CommandParser, run_command
 
 if TYPE_CHECKING:
     from runtime.engines.tensorrt_builder import BuiltEngine
+    from runtime.manifest import Manifest
 
+MAX_WEIGHTS_RATIO = 1.05
 RTX_CAPABILITIES = (80, 86, 89, 120)  # in one engine: RTX 30, 40 and 50 cards, A100; a further one costs a few kilobytes
 
 
@@ -59,8 +61,12 @@ def _run(args: argparse.Namespace) -> int:
     capabilities = args.capability if args.capability is not None else RTX_CAPABILITIES if library == "tensorrt_rtx" else ()
     engines = compile_bundle(args.bundle, CompileOptions(library, capabilities, profiles), _tell)
     print(describe(engines))
+    ratio = weights_ratio(read_manifest(args.bundle), engines)
+    if ratio is not None:
+        twice = "" if ratio <= MAX_WEIGHTS_RATIO else f", more than {MAX_WEIGHTS_RATIO}: some of them are stored again for another profile"
+        print(f"the engines hold {ratio:.3f} times the bundle's weights{twice}")
     if args.json:
-        print(json.dumps(summary(engines)))
+        print(json.dumps({**summary(engines), "weights_ratio": ratio}))
     return 0
 
 
@@ -87,6 +93,16 @@ def describe(engines: Sequence[BuiltEngine]) -> str:
             f"{'-' if memory is None else format_bytes(memory):>13}  {kernels}"
         )
     return "\n".join(lines)
+
+
+def weights_ratio(manifest: Manifest, engines: Sequence[BuiltEngine]) -> float | None:
+    """Bytes of weights in the engines over those of the bundle's weight files; None where the library does not log them.
+
+    Needs no allowance for kernels and tables, whose bytes are an engine's too. 1.0 is every weight once.
+    """
+    held = [engine.info.weights_bytes for engine in engines]
+    files = sum(info.bytes for name, info in manifest.files.items() if name.endswith(".bin") and name != manifest.embedding)
+    return None if None in held or not files else sum(count or 0 for count in held) / files
 
 
 def summary(engines: Sequence[BuiltEngine]) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime import names
-from runtime.engines.tensorrt_builder import BuiltEngine, EngineSpec, partial_name
+from runtime.engines.tensorrt_builder import BuiltEngine, EngineSpec
 from runtime.engines.tensorrt_process import build_in_child
 from runtime.engines.tensorrt_profiles import ProfileOptions, profiles_of
 from runtime.errors import BundleError, EngineError, StorageError
@@ -32,14 +33,15 @@ class CompileOptions:
 
     library: str
     capabilities: tuple[int, ...] = ()
-    profiles: ProfileOptions = ProfileOptions()
+    profiles: ProfileOptions = field(default_factory=ProfileOptions)
 
 
 Progress = Callable[[str, "BuiltEngine | None"], None]
+Build = Callable[[EngineSpec], BuiltEngine]
 
 
 def compile_bundle(
-    bundle: Path, options: CompileOptions, progress: Progress = lambda *_: None, build: Callable[[EngineSpec], BuiltEngine] = build_in_child
+    bundle: Path, options: CompileOptions, progress: Progress = lambda *_: None, build: Build = build_in_child
 ) -> tuple[BuiltEngine, ...]:
     """Builds an engine of every graph and records them; engines of the same library that were there are replaced.
 
@@ -58,25 +60,46 @@ def compile_bundle(
     for name, info in manifest.files.items():
         if name in {graph.file for graph in manifest.graphs.values()} or name.endswith(".bin"):
             check_file(bundle, name, info)
-    _clear(bundle, manifest)
-    placed: list[tuple[BuiltEngine, Path]] = []
+    engines: list[BuiltEngine] = []
+    with _alone(bundle):
+        _clear(bundle, manifest)
+        try:
+            for graph in manifest.graphs:
+                progress(graph, None)
+                engines.append(_place(bundle, _build(bundle, manifest, graph, options, build)))
+                progress(graph, engines[-1])
+            if read_manifest(bundle) != manifest:
+                raise BundleError(f"{bundle} was changed by another program while its engines were built: compile it again")
+            _record(bundle, manifest, engines, options.library)
+        finally:
+            with suppress(BundleError, StorageError):
+                _clear(bundle, read_manifest(bundle))
+    return tuple(engines)
+
+
+@contextmanager
+def _alone(bundle: Path) -> Iterator[None]:
+    """One compile of a bundle at a time, held by the operating system and so never left behind (not on Windows)."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
     try:
-        for graph in manifest.graphs:
-            progress(graph, None)
-            placed.append(_place(bundle, _build(bundle, manifest, graph, options, build)))
-            progress(graph, placed[-1][0])
-        if read_manifest(bundle) != manifest:
-            raise BundleError(f"{bundle} was changed by another program while its engines were built: compile it again")
-        _record(bundle, manifest, [engine for engine, _ in placed], options.library)
+        directory = os.open(bundle, os.O_RDONLY)
+    except OSError as error:
+        raise StorageError(f"cannot read {bundle}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BundleError(f"{bundle} is being compiled by another program: wait for it") from error
+        yield
     finally:
-        with suppress(BundleError, StorageError):
-            _clear(bundle, read_manifest(bundle))
-    return tuple(engine for engine, _ in placed)
+        os.close(directory)
 
 
-def _build(
-    bundle: Path, manifest: Manifest, graph: str, options: CompileOptions, build: Callable[[EngineSpec], BuiltEngine]
-) -> BuiltEngine:
+def _build(bundle: Path, manifest: Manifest, graph: str, options: CompileOptions, build: Build) -> BuiltEngine:
     listed = manifest.graphs[graph]
     spec = EngineSpec(
         graph=graph, onnx=str(bundle / listed.file), output=str(bundle / f"{graph}.{options.library}.new.engine"), library=options.library,
@@ -90,14 +113,14 @@ def _build(
     return built
 
 
-def _place(bundle: Path, built: BuiltEngine) -> tuple[BuiltEngine, Path]:
+def _place(bundle: Path, built: BuiltEngine) -> BuiltEngine:
     """Gives an engine's file its last name."""
     name = f"{built.info.graph}.{built.info.library}.{built.file.sha256[:12]}.engine"
     try:
         os.replace(bundle / built.info.file, bundle / name)
     except OSError as error:
         raise StorageError(f"cannot write {bundle / name}: {error.strerror}; choose a bundle in a writable directory") from error
-    return BuiltEngine(dataclasses.replace(built.info, file=name), built.file), bundle / name
+    return BuiltEngine(dataclasses.replace(built.info, file=name), built.file)
 
 
 def _record(bundle: Path, manifest: Manifest, engines: Sequence[BuiltEngine], library: str) -> None:
@@ -130,6 +153,3 @@ def _runs(process: int) -> bool:
     except (OSError, OverflowError):
         pass
     return True
-
-
-__all__ = ["CompileOptions", "compile_bundle", "partial_name"]

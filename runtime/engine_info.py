@@ -23,8 +23,8 @@ class ShapeRange:
         ordered = all(0 <= a <= b <= c for a, b, c in zip(*shapes, strict=False))
         if len({len(shape) for shape in shapes}) != 1 or not ordered:
             raise BundleError(
-                f"a profile's shapes are {self.minimum}, {self.optimum}, {self.maximum}, expected minimum <= optimum <= maximum of one rank: "
-                "compile the bundle again"
+                f"a profile has the shapes {self.minimum}, {self.optimum}, {self.maximum}, expected them of one rank and none smaller "
+                "than the one before: compile the bundle again"
             )
 
 

@@ -20,7 +20,8 @@ ROUND_TO = 64  # capacities are multiples of this: attention on a CPU costs by c
 class KVGroup:
     """Buffers [1, kv_heads, capacity, head_size] for keys and values of some layers, and how many rows are valid.
 
-    `dtype` is numpy's name of their type, that of the graphs. The group owns its buffers. Rows at and beyond `length` are finite but meaningless. Only the pipeline calls `advance`.
+    `dtype` is numpy's name of their type, that of the graphs. The group owns its buffers. Rows at and beyond `length` are finite but
+    meaningless. Only the pipeline calls `advance`.
     """
 
     def __init__(self, layers: Iterable[int], kv_heads: int, head_size: int, capacity: int, limit: int, dtype: str = "float32") -> None:

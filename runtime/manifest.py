@@ -86,8 +86,8 @@ class Manifest:
     """Everything a runtime may believe about a bundle.
 
     `split_layer` is K: layers 0..K-1 see every token. `budgets` are the keep counts built in, the default first. `flops` holds
-    counted figures per stage (report.json has the details). `engines` are compiled from the graphs by `runtime.compile`. `embedding` is the token table's file, [vocab, hidden] float32 row
-    after row. `image_token` is the placeholder's text in a rendered prompt.
+    counted figures per stage (report.json has the details). `embedding` is the token table's file, [vocab, hidden] float32 row
+    after row. `image_token` is the placeholder's text in a rendered prompt. `engines` are what `runtime.compile` made of the graphs.
     """
 
     schema_version: int

@@ -49,7 +49,9 @@ def check_form(form: str, capacity: int | None) -> None:
     if form not in KV_WRITES:
         raise UsageError(f"unknown form of the cache's write {form!r}; expected one of {', '.join(KV_WRITES)}")
     if form == TENSOR_SCATTER and capacity is None:
-        raise UsageError("the cache write tensor_scatter needs a static capacity (TensorRT refuses a dynamic one): give capacity, in tokens")
+        raise UsageError(
+            "the cache write tensor_scatter needs a static capacity (TensorRT refuses a dynamic one): give capacity, in tokens"
+        )
     if capacity is not None and capacity < 1:
         raise UsageError(f"the cache's capacity is {capacity} tokens, expected 1 or more")
 

@@ -125,7 +125,11 @@ def _add_profiles(builder: Any, config: Any, network: Any, spec: EngineSpec) -> 
         profile = builder.create_optimization_profile()
         for name, shape in dynamic.items():
             given = wanted.shapes.get(name)
-            if given is None or any(a not in (-1, b) for a, b in zip(shape, given.optimum, strict=False)) or len(given.optimum) != len(shape):
+            if (
+                given is None
+                or any(a not in (-1, b) for a, b in zip(shape, given.optimum, strict=False))
+                or len(given.optimum) != len(shape)
+            ):
                 raise EngineError(
                     f"{spec.graph}: the profile {wanted.name} gives {name} {'no shape' if given is None else given.optimum}, "
                     f"the graph has {shape} (-1: any): give a shape that fits"
@@ -159,7 +163,7 @@ def _refusal(spec: EngineSpec, parser: Any, log: BuildLog) -> str:
 def _logger(library: Any, log: BuildLog) -> Any:
     """The library's logger, everything in it goes to `log`."""
 
-    class Logger(library.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(library.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             library.ILogger.__init__(self)
 
@@ -172,7 +176,7 @@ def _logger(library: Any, log: BuildLog) -> Any:
 def _stream(library: Any, output: _Output) -> Any:
     """The library's output stream into `output`."""
 
-    class Stream(library.IStreamWriter):  # type: ignore[misc, name-defined]
+    class Stream(library.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             library.IStreamWriter.__init__(self)
 

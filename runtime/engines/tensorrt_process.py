@@ -51,6 +51,9 @@ def build_in_child(spec: EngineSpec) -> BuiltEngine:
             finally:
                 child.kill()
                 child.wait()
+                if child.stdin is not None:
+                    with suppress(OSError):  # what it has not read
+                        child.stdin.close()
                 with suppress(OSError):
                     partial = Path(spec.output).with_name(partial_name(Path(spec.output).name, child.pid))
                     partial.unlink()
