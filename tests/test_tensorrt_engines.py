@@ -7,7 +7,6 @@ import importlib.util
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,9 @@ def one_layer(folder: Path, width: int, decode: tuple[int, int, int] = DECODE, *
     return build_in_child(job), size
 
 
-@pytest.mark.parametrize(("decode", "least", "most"), [(DECODE, 0.95, 1.05), ((1, 1, 1), 1.9, 2.1)], ids=["1 to 8 tokens", "control: 1 token"])
+@pytest.mark.parametrize(
+    ("decode", "least", "most"), [(DECODE, 0.95, 1.05), ((1, 1, 1), 1.9, 2.1)], ids=["1 to 8 tokens", "control: 1 token"]
+)
 def test_an_engine_grows_as_its_weights_do(decode: tuple[int, int, int], least: float, most: float, tmp_path: Path) -> None:
     """Engine bytes over weight bytes, from the difference of two widths: kernels and tables, a few MB in each engine, drop out.
 
@@ -163,12 +164,12 @@ def test_a_build_that_is_killed_is_told_and_leaves_the_bundle_as_it_was(
     def started(*args: Any, **kwargs: Any) -> Any:
         child = start(*args, **kwargs)
         if "pre_ecl" in building:
-            threading.Thread(target=lambda: (time.sleep(0.66), child.send_signal(signal.SIGKILL)), daemon=True).start()
+            threading.Timer(0.66, child.send_signal, (signal.SIGKILL,)).start()
         return child
 
     building: list[str] = []
     monkeypatch.setattr("runtime.engines.tensorrt_process.subprocess.Popen", started)
-    with pytest.raises(EngineError, match="the builder of pre_ecl was killed .*: most likely the system ran out of memory"):
+    with pytest.raises(EngineError, match=r"the builder of pre_ecl was killed .*: most likely the system ran out of memory"):
         compile_bundle(folder, CompileOptions(RTX, (86,)), lambda graph, built: building.append(graph))
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     check_files(folder, read_manifest(folder))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from export.graphs.decoder import HalfSpec, build_decoder_half, post_ecl, pre_ecl
@@ -15,7 +16,7 @@ from export.parity import relative_error
 from export.spec import DecoderSpec
 from export.weights import WeightFile
 from runtime import names
-from runtime.engines.onnxruntime import ort, session_options
+from runtime.engines.onnxruntime import session_options
 from runtime.errors import UsageError
 
 CAPACITY = 16
@@ -32,7 +33,8 @@ def decoder(kv_heads: int = 4) -> DecoderSpec:
 
 def read(spec: DecoderSpec) -> Any:
     """Seeded weights by canonical name."""
-    h, i, shapes = spec.hidden_size, spec.intermediate_size, {"norm": (spec.hidden_size,)}
+    h, i = spec.hidden_size, spec.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"norm": (h,)}
     shapes |= {"q_proj": (spec.query_width, h), "k_proj": (spec.kv_width, h), "v_proj": (spec.kv_width, h), "o_proj": (h, spec.query_width)}
     shapes |= {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i), "lm_head": (spec.vocab_size, h)}
 
@@ -111,7 +113,8 @@ def test_every_form_equals_the_write_in_place(form: str, dtype: str, side: str, 
 def test_a_wrong_length_of_the_past_is_seen(form: str, tmp_path: Path) -> None:
     spec = decoder()
     half = half_of(names.PRE_ECL, form, "float32")
-    right, wrong = (Run(build(tmp_path / str(i), spec, half), half, spec) for i in range(2) if not (tmp_path / str(i)).mkdir())
+    path = build(tmp_path, spec, half)
+    right, wrong = Run(path, half, spec), Run(path, half, spec)
     first, second = rows_of(spec)[:2]
     assert relative_error(wrong.step(first), right.step(first)) == 0
     assert relative_error(wrong.step(second, past_length=4), right.step(second)) > 1e-2
@@ -129,7 +132,9 @@ def test_padding_on_the_right_changes_no_row_before_it(form: str, tmp_path: Path
     assert relative_error(found[:, : len(rows)], expected) <= TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize(("form", "opset", "operator"), [(IN_PLACE, 20, "ScatterND"), (TENSOR_SCATTER, 24, "TensorScatter"), (APPEND, 20, None)])
+@pytest.mark.parametrize(
+    ("form", "opset", "operator"), [(IN_PLACE, 20, "ScatterND"), (TENSOR_SCATTER, 24, "TensorScatter"), (APPEND, 20, None)]
+)
 def test_graphs_ask_for_no_newer_opset_than_their_form_needs(form: str, opset: int, operator: str | None, tmp_path: Path) -> None:
     model = onnx.load(build(tmp_path, decoder(), half_of(names.PRE_ECL, form, "float16")), load_external_data=False)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
@@ -141,7 +146,7 @@ def test_graphs_ask_for_no_newer_opset_than_their_form_needs(form: str, opset: i
 def test_forms_and_types_are_checked() -> None:
     with pytest.raises(UsageError, match="unknown form of the cache's write 'copy'; expected one of in_place, tensor_scatter, append"):
         pre_ecl(2, kv_write="copy")
-    with pytest.raises(UsageError, match="tensor_scatter needs a static capacity .*: give capacity"):
+    with pytest.raises(UsageError, match=r"tensor_scatter needs a static capacity .*: give capacity"):
         pre_ecl(2, kv_write=TENSOR_SCATTER)
     with pytest.raises(UsageError, match="capacity is 0 tokens, expected 1 or more"):
         pre_ecl(2, capacity=0)

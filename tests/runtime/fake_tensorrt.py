@@ -130,9 +130,9 @@ class _Builder:
         return self._module.__dict__["IHostMemory"](ENGINE)
 
     def _log(self, config: Any) -> None:
-        for _ in config._profiles:
-            self._logger.log(3, f"Total Activation Memory: {ACTIVATIONS} bytes")
-        self._logger.log(3, f"Total Weights Memory: {WEIGHTS} bytes")
+        activations = [f"Total Activation Memory: {ACTIVATIONS} bytes" for _ in config._profiles]
+        for message in (*activations, f"Total Weights Memory: {WEIGHTS} bytes"):
+            self._logger.log(3, message)
 
 
 class _HostMemory(bytes):

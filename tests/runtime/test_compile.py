@@ -109,7 +109,9 @@ def test_compiling_again_to_the_same_bytes_changes_nothing(bundle: Path) -> None
     assert changes(before, tree(bundle)) == []
 
 
-@pytest.mark.parametrize("error", [EngineError("no such operator"), KeyboardInterrupt(), StorageError("disk full")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [EngineError("no such operator"), KeyboardInterrupt(), StorageError("disk full")], ids=lambda e: type(e).__name__
+)
 @pytest.mark.parametrize("compiled", [False, True], ids=["exported", "compiled before"])
 def test_a_compile_that_fails_leaves_the_bundle_as_it_was(bundle: Path, error: BaseException, compiled: bool) -> None:
     if compiled:

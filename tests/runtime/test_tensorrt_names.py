@@ -56,7 +56,9 @@ def test_builder_calls_only_what_every_binding_has(key: str, tf32: bool, tmp_pat
 
 @pytest.mark.parametrize("key", recorded())
 def test_parser_errors_are_told_with_every_binding(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match=r"cannot build post_ecl: the operator NonZero of node 3 \(find\) is not supported: no such thing"):
+    with pytest.raises(
+        EngineError, match=r"cannot build post_ecl: the operator NonZero of node 3 \(find\) is not supported: no such thing"
+    ):
         build(key, tmp_path, monkeypatch, onnx="refused.onnx")
     assert list(tmp_path.iterdir()) == []
 

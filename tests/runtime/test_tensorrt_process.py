@@ -56,7 +56,9 @@ def test_errors_of_the_child_are_raised_as_they_are(tmp_path: Path, monkeypatch:
     ],
     ids=["killed", "crashed", "raised"],
 )  # fmt: skip
-def test_a_child_that_dies_is_an_error_that_names_the_graph(code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_dies_is_an_error_that_names_the_graph(
+    code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library(tmp_path, code, monkeypatch)
     with pytest.raises(EngineError, match=message):
         build_in_child(spec(tmp_path))

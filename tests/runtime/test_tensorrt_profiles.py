@@ -20,10 +20,10 @@ def manifest(tiny_bundle: Path) -> Manifest:
     return read_manifest(tiny_bundle)
 
 
-def rows(manifest: Manifest, graph: str, options: ProfileOptions = ProfileOptions()) -> dict[str, tuple[int, int, int]]:
+def rows(manifest: Manifest, graph: str, options: ProfileOptions | None = None) -> dict[str, tuple[int, int, int]]:
     """Rows of the first input in each profile."""
     name = manifest.graphs[graph].inputs[0].name
-    found = {profile.name: profile.shapes[name] for profile in profiles_of(manifest, graph, options)}
+    found = {profile.name: profile.shapes[name] for profile in profiles_of(manifest, graph, options or ProfileOptions())}
     return {key: (r.minimum[1], r.optimum[1], r.maximum[1]) for key, r in found.items()}
 
 
