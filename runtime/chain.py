@@ -208,14 +208,11 @@ def _check_tables(manifest: Manifest) -> None:
 
 
 def _dtype_of_halves(manifest: Manifest) -> str:
-    """numpy's name of the type of activations and caches, which both halves must share."""
-    found = {t.dtype for name in (names.PRE_ECL, names.POST_ECL) for t in manifest.graphs[name].inputs if not t.dtype.startswith("int")}
-    dtype = found.pop() if len(found) == 1 else "mixed"
-    if dtype not in ("float32", "float16"):
-        raise BundleError(
-            f"the decoder halves are of type {dtype}, ONNX Runtime on a CPU runs float32 and float16: export the bundle as fp32"
-        )
-    return dtype
+    """numpy's name of the type of activations and caches, by what enters the decoder; the engines check what they are given."""
+    dtype = next((tensor.dtype for tensor in manifest.graphs[names.PRE_ECL].inputs if tensor.name == names.INPUTS_EMBEDS), "float32")
+    if dtype == "bfloat16":
+        raise BundleError("the decoder's type is bfloat16, ONNX Runtime on a CPU runs float32 and float16: export the bundle as fp32")
+    return dtype if dtype == "float16" else "float32"
 
 
 def _map_embedding(path: Path, shape: tuple[int, int]) -> np.ndarray:

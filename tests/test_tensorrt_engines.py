@@ -62,7 +62,7 @@ def test_all_graphs_of_the_shipped_model_build_for_four_generations(compiled: tu
 
 
 def test_attention_is_fused_in_prefill_append_and_decode(compiled: tuple[Path, dict[str, BuiltEngine]]) -> None:
-    """By the layers' names in the build log; the score, which has no attention, is the control."""
+    """By the layers' names in the build log; the score has no attention."""
     _, engines = compiled
     assert engines["vision"].info.attention_kernels == (4,)
     for half in ("pre_ecl", "post_ecl"):
@@ -129,6 +129,12 @@ def test_every_form_of_the_caches_write_builds_with_fused_attention(form: str, d
     capacity = 256 if form == TENSOR_SCATTER else None
     built, _ = one_layer(tmp_path, 256, dtype=dtype, kv_write=form, capacity=capacity)
     assert built.info.attention_kernels == (1, 1)
+
+
+def test_fp32_attention_is_not_counted_as_fused(tmp_path: Path) -> None:
+    """The control of the test above: the library has no fused kernel for fp32."""
+    built, _ = one_layer(tmp_path, 256, dtype="float32")
+    assert built.info.attention_kernels == (0, 0)
 
 
 def test_the_same_graph_gives_the_same_bytes(tmp_path: Path) -> None:

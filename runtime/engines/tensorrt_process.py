@@ -16,6 +16,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import EngineError, EntropyPruneError, StorageError, UsageError
@@ -29,7 +30,7 @@ _CHILD = (
     "import json, sys; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; "
     "from runtime.engines.tensorrt_process import child; child(job)"
 )
-_ERRORS = {kind.__name__: kind for kind in (EngineError, StorageError, UsageError)}
+_ERRORS = MappingProxyType({kind.__name__: kind for kind in (EngineError, StorageError, UsageError)})
 POLL_S = 0.2
 
 
