@@ -58,19 +58,25 @@ class _Writer:
     def _weight_graphs(self) -> None:
         from export.graphs.clip import build_clip_vision
         from export.graphs.decoder import build_decoder_half, post_ecl, pre_ecl
+        from export.spec import GRAPH_DTYPES
         from export.weights import WeightFile
         from runtime import names
 
-        plan, read = self.plan, self.plan.weights.read
-        halves = pre_ecl(plan.split_layer, debug=plan.debug), post_ecl(plan.split_layer, plan.spec.decoder.layers, debug=plan.debug)
+        plan, read, dtype = self.plan, self.plan.weights.read, GRAPH_DTYPES[self.plan.precision]
+        layers = plan.spec.decoder.layers
+        halves = (
+            pre_ecl(plan.split_layer, dtype=dtype, debug=plan.debug),
+            post_ecl(plan.split_layer, layers, dtype=dtype, debug=plan.debug),
+        )
         with WeightFile(self.directory / WEIGHTS_FILE.format(precision=plan.precision), self.progress) as file:
-            self._graph(names.VISION, build_clip_vision(plan.spec.vision, read, file))
+            self._graph(names.VISION, build_clip_vision(plan.spec.vision, read, file, dtype))
             for half in halves:
                 self._graph(half.name, build_decoder_half(plan.spec.decoder, half, read, file, plan.max_context))
         self.files[file.path.name] = file.info()
 
     def _score_graphs(self) -> None:
         from export.graphs.score import ScoreSpec, build_score
+        from export.spec import GRAPH_DTYPES
         from runtime.names import score_graph
 
         decoder = self.plan.spec.decoder
@@ -78,6 +84,7 @@ class _Writer:
             spec = ScoreSpec(
                 heads=decoder.query_heads, head_size=decoder.head_size, hidden_size=decoder.hidden_size, position_rows=1, keep=keep,
                 mode=self.plan.score_mode, grid_width=self.plan.spec.vision.grid, visual_tokens=None,
+                dtype=GRAPH_DTYPES[self.plan.precision],
             )  # fmt: skip
             self._graph(score_graph(keep), build_score(spec))
 

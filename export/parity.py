@@ -75,21 +75,24 @@ def compare_prompt(chain: EngineChain, eager: EagerPrunedLlava, prompt: Prompt, 
     reference = eager.prefill(ids, pixels, kept_indices=kept)
     trace: dict[str, np.ndarray] = {}
     conversation, logits = _prefill(chain, prompt, kept, trace)
-    yield _check(label, "hidden_states", trace[names.HIDDEN_STATES][0], reference.hidden_states)
-    yield _check(label, "score_states", trace[names.SCORE_STATES][0], reference.score_states)
-    yield from compare_caches(conversation, reference.keys, reference.values, label)
-    yield _check(label, "logits", logits, reference.logits[-1])
+    precision = chain.manifest.precision
+    yield _check(label, "hidden_states", trace[names.HIDDEN_STATES][0], reference.hidden_states, precision)
+    yield _check(label, "score_states", trace[names.SCORE_STATES][0], reference.score_states, precision)
+    yield from compare_caches(conversation, reference.keys, reference.values, label, precision)
+    yield _check(label, "logits", logits, reference.logits[-1], precision)
     yield _greedy(chain, eager, conversation, logits, reference, label)
     keys, values = eager.cached()
-    yield from compare_caches(conversation, keys, values, f"{label}, after decoding")
+    yield from compare_caches(conversation, keys, values, f"{label}, after decoding", precision)
 
 
-def compare_caches(conversation: Conversation, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], label: str) -> Iterator[Check]:
+def compare_caches(
+    conversation: Conversation, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], label: str, precision: str = "fp32"
+) -> Iterator[Check]:
     """Every layer's keys and values; one check for all keys, one for all values (the worst layer's error)."""
     for stage, side, expected in (("keys", 0, keys), ("values", 1, values)):
         groups = [(group, i) for group in (conversation.pre, conversation.post) for i in group.layers]
         errors = [relative_error(group.layer(i)[side], expected[i]) for group, i in groups]
-        yield Check(f"{label}: {stage} of all layers", max(errors), RELATIVE[stage, "fp32"])
+        yield Check(f"{label}: {stage} of all layers", max(errors), RELATIVE[stage, precision])
 
 
 def compare_continuation(chain: EngineChain, prompt: Prompt, tokens: Sequence[int], label: str) -> Check:
@@ -100,7 +103,7 @@ def compare_continuation(chain: EngineChain, prompt: Prompt, tokens: Sequence[in
     whole_ids = np.concatenate([prompt.ids.input_ids, np.asarray(tokens, np.int64)])
     mask = np.concatenate([prompt.ids.visual_mask, np.zeros(len(tokens), bool)])
     _, expected = chain.prefill(whole_ids, mask, prompt.pixel_values, keep=None)
-    return _check(label, "logits", logits, expected)
+    return _check(label, "logits", logits, expected, chain.manifest.precision)
 
 
 def compare_selection(chain: EngineChain, eager: EagerPrunedLlava, prompt: Prompt, keep: int) -> tuple[SelectionQuality, np.ndarray]:
@@ -154,13 +157,12 @@ def negative_controls(chain: EngineChain, eager: EagerPrunedLlava, prompt: Promp
     """The same comparison with a known mistake in the chain: the ladder is worth something only if it sees each."""
     ids, pixels = torch.from_numpy(prompt.ids.input_ids)[None], _tensor(prompt.pixel_values)
     expected = eager.prefill(ids, pixels, kept_indices=kept).logits[-1]
+    tolerance = RELATIVE["logits", chain.manifest.precision]
     mistakes = [("renumbered positions", _renumber)]
     if chain.manifest.geometry.layers - chain.manifest.split_layer > 1:  # with one layer left, the last row sees every order alike
         mistakes.append(("unsorted indices", _unsort))
     for name, mistake in mistakes:
-        yield Check(
-            f"control: {name}", relative_error(_pieces(chain, prompt, kept, mistake), expected), RELATIVE["logits", "fp32"], must_fail=True
-        )
+        yield Check(f"control: {name}", relative_error(_pieces(chain, prompt, kept, mistake), expected), tolerance, must_fail=True)
     token = int(expected.argmax())
     after = eager.decode(token)
     conversation, _ = _prefill(chain, prompt, kept)
@@ -170,7 +172,7 @@ def negative_controls(chain: EngineChain, eager: EagerPrunedLlava, prompt: Promp
     yield Check(
         "control: post cache shifted by one",
         relative_error(chain.decode(conversation, token), after),
-        RELATIVE["logits", "fp32"],
+        tolerance,
         must_fail=True,
     )
 
@@ -219,8 +221,8 @@ def _greedy(
     return Check(f"{label}: {GREEDY_TOKENS} greedy tokens", float(np.sum(np.array(ours) != np.array(theirs))), 0.0)
 
 
-def _check(label: str, stage: str, actual: np.ndarray, expected: np.ndarray | torch.Tensor) -> Check:
-    return Check(f"{label}: {stage}", relative_error(actual, expected), RELATIVE[stage, "fp32"])
+def _check(label: str, stage: str, actual: np.ndarray, expected: np.ndarray | torch.Tensor, precision: str) -> Check:
+    return Check(f"{label}: {stage}", relative_error(actual, expected), RELATIVE[stage, precision])
 
 
 def _tensor(array: np.ndarray | None) -> torch.Tensor | None:

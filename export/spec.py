@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 from runtime.errors import CheckpointError
+
+GRAPH_DTYPES: Final = MappingProxyType({"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"})
+"""The type of weights, activations and cache in the graphs of a precision."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,6 @@ def verify(
     """
     from tqdm import tqdm
 
-    from runtime.manifest import sha256_of
-    from runtime.names import MANIFEST_FILE
-
     checks = list(tqdm(_ladder(model, reference, images), desc="parity", disable=None, file=sys.stderr))
     selection = _selection(model, reference, images, selection_images)
     checks += selection.pop("checks", [])
@@ -67,7 +64,7 @@ def verify(
             "model": model.manifest.model,
             "split_layer": model.manifest.split_layer,
             "budgets": model.manifest.budgets,
-            "manifest_sha256": sha256_of(model.bundle / MANIFEST_FILE),
+            "manifest_sha256": model.manifest.export_sha256(),
         },
         **_where(),
     }

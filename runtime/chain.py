@@ -31,6 +31,7 @@ class EngineChain:
     def __init__(self, bundle: Path, manifest: Manifest, threads: int | None = None) -> None:
         self.manifest = manifest
         _check_tables(manifest)
+        self._dtype = _dtype_of_halves(manifest)
         self._engines: dict[str, Engine] = {
             name: OnnxRuntimeEngine(bundle / graph.file, graph, threads) for name, graph in manifest.graphs.items()
         }
@@ -41,8 +42,8 @@ class EngineChain:
     def new_conversation(self, tokens: int, kept_tokens: int) -> Conversation:
         """Empty caches with room for `tokens` before the split and `kept_tokens` after it (they grow when they must)."""
         g, k, limit = self.manifest.geometry, self.manifest.split_layer, self.manifest.max_context
-        pre = KVGroup(range(k), g.kv_heads, g.head_size, tokens, limit)
-        post = KVGroup(range(k, g.layers), g.kv_heads, g.head_size, kept_tokens, limit)
+        pre = KVGroup(range(k), g.kv_heads, g.head_size, tokens, limit, self._dtype)
+        post = KVGroup(range(k, g.layers), g.kv_heads, g.head_size, kept_tokens, limit, self._dtype)
         return Conversation(pre, post)
 
     def extend(
@@ -100,7 +101,7 @@ class EngineChain:
     def decode(self, conversation: Conversation, token_id: int) -> np.ndarray:
         """Appends one token to both groups; returns the logits [vocab] float32 that follow it."""
         position = np.array([conversation.next_position], dtype=np.int64)
-        embeds = np.ascontiguousarray(self._embedding[token_id][None, None])
+        embeds = np.ascontiguousarray(self._embedding[token_id][None, None], self._dtype)
         with self._lock:
             (hidden,) = self.run_half(names.PRE_ECL, embeds, position, conversation.pre, [names.HIDDEN_STATES])
             (logits,) = self.run_half(names.POST_ECL, hidden, position, conversation.post, [names.LOGITS])
@@ -133,7 +134,7 @@ class EngineChain:
     # ------------------------------------------------------------ the stages
 
     def embed(self, input_ids: np.ndarray, visual_rows: np.ndarray, pixel_values: np.ndarray | None, watch: Stopwatch) -> np.ndarray:
-        """[1, S, d] float32: rows of the token table, and the images' rows at `visual_rows`."""
+        """[1, S, d] of the halves' type: rows of the token table, and the images' rows at `visual_rows`."""
         image_embeds = None
         if pixel_values is not None:
             with watch.stage(names.VISION):
@@ -141,7 +142,7 @@ class EngineChain:
         with watch.stage("embed"):
             input_ids = np.array(input_ids)
             input_ids[visual_rows] = 0  # the placeholder may lie beyond the table
-            embeds = np.array(self._embedding[input_ids])
+            embeds = np.array(self._embedding[input_ids], self._dtype)
             if image_embeds is not None:
                 if len(image_embeds) != len(visual_rows):
                     raise BundleError(
@@ -212,6 +213,14 @@ def _check_tables(manifest: Manifest) -> None:
         shapes = {t.name: t.shape for t in manifest.graphs[names.score_graph(keep)].outputs}
         if shapes.get(names.KEPT_INDICES) != (keep,):
             raise BundleError(f"the graph {names.score_graph(keep)} does not keep {keep} tokens: export the bundle again")
+
+
+def _dtype_of_halves(manifest: Manifest) -> str:
+    """numpy's name of the type of activations and caches, by what enters the decoder; the engines check what they are given."""
+    dtype = next((tensor.dtype for tensor in manifest.graphs[names.PRE_ECL].inputs if tensor.name == names.INPUTS_EMBEDS), "float32")
+    if dtype == "bfloat16":
+        raise BundleError("the decoder's type is bfloat16, ONNX Runtime on a CPU runs float32 and float16: export the bundle as fp32")
+    return dtype if dtype == "float16" else "float32"
 
 
 def _map_embedding(path: Path, shape: tuple[int, int]) -> np.ndarray:

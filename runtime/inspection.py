@@ -144,7 +144,7 @@ def inspect_bundle(bundle: Path, *, hashes: bool = True) -> Inspection:
         files=tuple(_check(bundle, manifest, name, hashes) for name in manifest.files),
         budgets=tuple(Budget(keep, (k * n + (g.layers - k) * min(keep, n)) / g.layers) for keep in manifest.budgets),
         memory=tuple(MemoryNeed.of(manifest, keep) for keep in settings),
-        flops=_flops(manifest, settings), verification=_verification(bundle, engine), engine_version=engine,
+        flops=_flops(manifest, settings), verification=_verification(bundle, manifest, engine), engine_version=engine,
     )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def _check(bundle: Path, manifest: Manifest, name: str, hashes: bool) -> FileChe
     return FileCheck(name, info.bytes, None)
 
 
-def _verification(bundle: Path, engine_here: str | None) -> Verification:
+def _verification(bundle: Path, manifest: Manifest, engine_here: str | None) -> Verification:
     path = bundle / names.VERIFY_FILE
     again = f"python -m export.verify {bundle}"
     if not path.is_file():
@@ -193,7 +193,7 @@ def _verification(bundle: Path, engine_here: str | None) -> Verification:
         libraries = f"transformers {report['transformers']}, torch {report['torch']}, ONNX Runtime {engine}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return Verification(f"it cannot be read: {again} writes it anew")
-    matches = None if recorded is None else recorded == sha256_of(bundle / names.MANIFEST_FILE)
+    matches = None if recorded is None else recorded in (sha256_of(bundle / names.MANIFEST_FILE), manifest.export_sha256())
     result = f"all {len(checks)} checks passed" if passed else f"{len(failed)} of {len(checks)} checks FAILED ({', '.join(failed)})"
     about = {None: "it does not record which build it was about", True: "about this very build", False: f"about ANOTHER build: {again}"}
     now = f"; ONNX Runtime here is {engine_here}" if engine_here not in (None, engine) else ""

@@ -18,19 +18,20 @@ ROUND_TO = 64  # capacities are multiples of this: attention on a CPU costs by c
 
 
 class KVGroup:
-    """Buffers [1, kv_heads, capacity, head_size] float32 for keys and values of some layers, and how many rows are valid.
+    """Buffers [1, kv_heads, capacity, head_size] for keys and values of some layers, and how many rows are valid.
 
-    The group owns its buffers. Rows at and beyond `length` are finite but meaningless. Only the pipeline calls `advance`.
+    `dtype` is numpy's name of their type, that of the graphs. The group owns its buffers. Rows at and beyond `length` are finite but
+    meaningless. Only the pipeline calls `advance`.
     """
 
-    def __init__(self, layers: Iterable[int], kv_heads: int, head_size: int, capacity: int, limit: int) -> None:
+    def __init__(self, layers: Iterable[int], kv_heads: int, head_size: int, capacity: int, limit: int, dtype: str = "float32") -> None:
         self.layers = tuple(layers)
         self.length = 0
         self.limit = limit
         self.generation = 0
         capacity = min(_round_up(capacity), _round_up(limit))
         shape = (1, kv_heads, capacity, head_size)
-        self.buffers = {name: np.zeros(shape, np.float32) for i in self.layers for name in (names.past_key(i), names.past_value(i))}
+        self.buffers = {name: np.zeros(shape, dtype) for i in self.layers for name in (names.past_key(i), names.past_value(i))}
 
     @property
     def capacity(self) -> int:

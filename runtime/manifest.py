@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.engine_info import EngineInfo
 from runtime.errors import BundleError, StorageError, shown
 from runtime.memory_plan import MemoryPlan
 from runtime.names import MANIFEST_FILE, SCORE_MODES, SCORELESS_MODES, score_graph
@@ -90,7 +91,7 @@ class Manifest:
     counted figures per stage (report.json has the details). `embedding` is the token table's file, [vocab, hidden] float32 row
     after row. `image_token` is the placeholder's text in a rendered prompt. `auto_keep` is the share of the scores' mass that the budget
     chosen for an image must hold (`runtime.budgets`); None where the bundle offers no choice. `memory` is what the
-    bundle needs of its target; None in bundles of before.
+    bundle needs of its target; None in bundles of before. `engines` are what `runtime.compile` made of the graphs.
     """
 
     schema_version: int
@@ -114,6 +115,7 @@ class Manifest:
     flops: dict[str, float] = field(default_factory=dict)
     memory: MemoryPlan | None = None
     auto_keep: float | None = None
+    engines: tuple[EngineInfo, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.schema_version <= SCHEMA_VERSION:
@@ -139,11 +141,14 @@ class Manifest:
             raise BundleError(
                 f"memory is an entry of schema {MEMORY_SCHEMA}, the bundle has {self.schema_version}: export the bundle again"
             )
-        for name in (*self.files, *(g.file for g in self.graphs.values()), self.embedding):
+        for name in (*self.files, *(g.file for g in self.graphs.values()), self.embedding, *(e.file for e in self.engines)):
             _check_inside(name)
-        for name in (*(g.file for g in self.graphs.values()), self.embedding):
+        for name in (*(g.file for g in self.graphs.values()), self.embedding, *(e.file for e in self.engines)):
             if name not in self.files:
                 raise BundleError(f"{name} is used but not listed among the bundle's files: export the bundle again")
+        strangers = [e.graph for e in self.engines if e.graph not in self.graphs]
+        if strangers:
+            raise BundleError(f"there is an engine of {strangers[0]!r:.60}, and no such graph: export and compile the bundle again")
 
     def _check_auto_keep(self, threshold: float) -> None:
         if not 0 < threshold <= 1:  # false for NaN
@@ -157,12 +162,18 @@ class Manifest:
         raise BundleError(f"{wrong}: export the bundle again")
 
     def to_json(self) -> str:
-        """The text of bundle.json; without `auto_keep` and `memory` where there is none, as every schema reads it."""
+        """The text of bundle.json; without the entries that this bundle does not use, as every schema reads it."""
         entries = dataclasses.asdict(self)
-        for name in ("auto_keep", "memory"):
-            if entries[name] is None:
+        for name in ("auto_keep", "memory", "engines"):
+            if not entries[name]:
                 del entries[name]
         return json.dumps(entries, indent=2) + "\n"
+
+    def export_sha256(self) -> str:
+        """SHA-256 of the manifest as it was exported: compiling engines leaves it as it is."""
+        engines = {engine.file for engine in self.engines}
+        files = {name: info for name, info in self.files.items() if name not in engines}
+        return hashlib.sha256(dataclasses.replace(self, files=files, engines=()).to_json().encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -175,7 +186,7 @@ class Manifest:
             raise BundleError(
                 f"the bundle has schema {raw['schema_version']}, this version reads up to {SCHEMA_VERSION}: upgrade, or export it again"
             )
-        result: Manifest = _build(cls, raw, MANIFEST_FILE)
+        result: Manifest = build_typed(cls, raw, MANIFEST_FILE)
         return result
 
 
@@ -265,12 +276,12 @@ def _check_positive(name: str, value: int) -> None:
         raise BundleError(f"{name} is {value}, expected 1 or more: export the bundle again")
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Makes a typed value out of parsed JSON, or says which entry is wrong."""
+def build_typed(kind: Any, value: Any, where: str) -> Any:
+    """Makes a typed value out of parsed JSON; raises BundleError, which says which entry is wrong."""
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType) and type(None) in typing.get_args(kind):  # an optional entry
         (kind,) = (member for member in typing.get_args(kind) if member is not type(None))
-        return None if value is None else _build(kind, value, where)
+        return None if value is None else build_typed(kind, value, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise BundleError(f"{where}: expected an object, got {type(value).__name__}: export the bundle again")
@@ -279,11 +290,11 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         wrong = sorted(needed - set(value)) or sorted(set(value) - set(hints))
         if wrong:
             raise BundleError(f"{where}: missing or unknown entries {wrong}: export the bundle again")
-        return kind(**{k: _build(hints[k], v, f"{where}: {k}") for k, v in value.items()})
+        return kind(**{k: build_typed(hints[k], v, f"{where}: {k}") for k, v in value.items()})
     if origin is tuple and isinstance(value, list):
-        return tuple(_build(typing.get_args(kind)[0], v, where) for v in value)
+        return tuple(build_typed(typing.get_args(kind)[0], v, where) for v in value)
     if origin is dict and isinstance(value, dict):
-        return {k: _build(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
+        return {k: build_typed(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
     accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (kind,)
     accepted = (*accepted, int) if float in accepted else accepted
     if origin in (tuple, dict) or not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):

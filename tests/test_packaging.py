@@ -76,7 +76,7 @@ def test_wheel_metadata_names_the_runtime_dependencies_and_the_extras(wheel: Pat
     metadata = Metadata.from_raw(raw)
     required = {r.name.lower() for r in metadata.requires_dist or [] if r.marker is None}
     assert required == {"jinja2", "numpy", "onnxruntime", "pillow", "tokenizers"}
-    assert set(metadata.provides_extra or []) == {"export", "calibration", "train", "dev"}
+    assert set(metadata.provides_extra or []) == {"export", "calibration", "train", "tensorrt-rtx", "dev"}
     assert str(metadata.requires_python) == ">=3.10"
     assert metadata.license_expression == "Apache-2.0"
 
@@ -93,7 +93,7 @@ def test_configs_are_found_outside_the_clone(installed: Path, tmp_path: Path) ->
     assert models.split() == sorted(file.stem for file in (ROOT / "configs" / "models").glob("*.toml"))
 
 
-@pytest.mark.parametrize("module", ["export.build", "export.verify", "runtime.generate"])
+@pytest.mark.parametrize("module", ["export.build", "export.verify", "runtime.compile", "runtime.generate"])
 def test_commands_start_outside_the_clone(module: str, installed: Path, tmp_path: Path) -> None:
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(installed)!r}); sys.argv[1:] = ['--help']\n"

@@ -31,6 +31,10 @@ FOLDER = ROOT / "requirements"
 UNREACHABLE = re.compile(r"Retrying \(|Could not fetch URL|ConnectTimeoutError|NewConnectionError|ReadTimeoutError|ProxyError")
 # Which of these torch needs depends on where it comes from; it pins them itself.
 CUDA_LIBRARIES = re.compile(r"(nvidia|cuda)-|triton$")
+# Its own wheels are for these machines alone; the package that pulls them in is only there as source, a few kilobytes of Python.
+RTX = re.compile(r"tensorrt-rtx-")
+RTX_MACHINES = "sys_platform != 'darwin' and (platform_machine == 'x86_64' or platform_machine == 'AMD64')"
+FROM_SOURCE = "tensorrt-rtx-cu13"
 
 
 class LockError(Exception):
@@ -78,7 +82,7 @@ LOCKS = (
     Lock(
         "dev",
         "everything: export, calibration, training of the shipped model, tests; Python 3.11 to 3.13",
-        ("export", "calibration", "train", "dev"),
+        ("export", "calibration", "train", "tensorrt-rtx", "dev"),
         Platform("this machine, Python 3.11", "3.11", ()),
         (),  # whoever runs the checks has just installed it
         pins=("torch==2.13.0",),  # the newest that everything was measured with; raise it together with the figures
@@ -145,7 +149,7 @@ def check_one(lock: Lock, platform: Platform) -> str:
 
 def read(lock: Lock) -> dict[str, str]:
     """The pins of a lock file: normalised name to version."""
-    lines = (line.split("#")[0].strip() for line in lock.file.read_text(encoding="utf-8").splitlines())
+    lines = (re.split("[#;]", line)[0].strip() for line in lock.file.read_text(encoding="utf-8").splitlines())
     pins = [line.partition("==") for line in lines if line]
     return {normal(name): version for name, _, version in pins}
 
@@ -166,11 +170,16 @@ def refresh(lock: Lock) -> int:
     if "torch" in found:
         head += ["# PyPI's torch for Linux is a CUDA build of several GB. For the CPU build, install it first:"]
         head += [f"#   pip install torch=={found['torch']} --index-url https://download.pytorch.org/whl/cpu"]
-    lines = [*head, *(f"{name}=={version}" for name, version in sorted(found.items()))]
+    lines = [*head, *(pin(name, version) for name, version in sorted(found.items()))]
     partial = lock.file.with_suffix(".partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(partial, lock.file)
     return len(found)
+
+
+def pin(name: str, version: str) -> str:
+    """One line of a lock."""
+    return f"{name}=={version}" + (f"; {RTX_MACHINES}" if RTX.match(name) else "")
 
 
 def resolve(arguments: Sequence[str], platform: Platform, python: str) -> dict[str, str]:
@@ -191,6 +200,8 @@ def resolve(arguments: Sequence[str], platform: Platform, python: str) -> dict[s
 def pip_install(arguments: Sequence[str], platform: Platform, python: str) -> None:
     """Runs `pip install` quietly, with wheels alone, for a platform (which needs a `--target` unless it is this machine).
 
+    `FROM_SOURCE` alone is built, on this machine.
+
     Args:
         python: the interpreter to install for, where the platform is this machine.
 
@@ -203,6 +214,8 @@ def pip_install(arguments: Sequence[str], platform: Platform, python: str) -> No
     if platform.tags:
         command += ["--implementation", "cp", "--python-version", platform.python]
         command += [word for tag in platform.tags for word in ("--platform", tag)]
+    else:
+        command += ["--no-binary", FROM_SOURCE]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or [done.stderr.strip()]

@@ -1,6 +1,7 @@
 """A thin layer over onnx-ir for writing graphs as code: values in, values out, weights by name.
 
-Knows nothing about models. Every graph is opset 20 and uses only operators that TensorRT's parser and ONNX Runtime share.
+Knows nothing about models. A graph is opset 20 unless it asks for another, and uses only operators that TensorRT's parser and ONNX
+Runtime share.
 Weights are not held: a graph records which slice of which external file an initializer is (see `export.weights`).
 """
 
@@ -20,6 +21,7 @@ from runtime.manifest import TensorInfo
 
 OPSET = 20
 IR_VERSION = 10  # the newest that ONNX Runtime 1.23 (JetPack 6.2) reads is 11
+NEW_IR_VERSION = 12  # what ONNX pairs with opset 24
 DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
@@ -52,8 +54,8 @@ class GraphBuilder:
     `op` writes nodes: `b.op.Add(x, y)` returns the output value; attributes are keywords, `_outputs=2` asks for two outputs.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, opset: int = OPSET) -> None:
+        self.name, self.opset = name, opset
         self._tape = Tape()
         self.op = _Ops(self._tape)
         self._inputs: list[tuple[ir.Value, TensorInfo]] = []
@@ -136,9 +138,9 @@ class GraphBuilder:
         """The finished model, initializers in the order of first use."""
         graph = ir.Graph(
             [v for v, _ in self._inputs], [v for v, _ in self._outputs], nodes=self._tape.nodes,
-            initializers=list(self._initializers.values()), opset_imports={"": OPSET}, name=self.name,
+            initializers=list(self._initializers.values()), opset_imports={"": self.opset}, name=self.name,
         )  # fmt: skip
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="entropy-prune")
+        return ir.Model(graph, ir_version=IR_VERSION if self.opset < 24 else NEW_IR_VERSION, producer_name="entropy-prune")
 
     def save(self, path: Path) -> None:
         """Writes the graph (not the weights, which are in their files already)."""

@@ -2,17 +2,20 @@
 
 | input | dtype | shape | |
 |---|---|---|---|
-| `score_states` | float32 | [N, H * d_h] | queries of layer K-1 as projected: unscaled, before rotary embedding |
-| `hidden_states` | float32 | [N, d] | what layer K would read; all that `dpp` looks at |
+| `score_states` | `dtype` | [N, H * d_h] | queries of layer K-1 as projected: unscaled, before rotary embedding |
+| `hidden_states` | `dtype` | [N, d] | what layer K would read; all that `dpp` looks at |
 | `position_ids` | int64 | [P, N] | P = 1, or 3 rows for M-RoPE |
 | `image_seed` | int64 | [1] | mode `random` only: the same image always loses the same tokens |
 
 | output | dtype | shape | |
 |---|---|---|---|
-| `kept_hidden_states` | float32 | [R, d] | |
+| `kept_hidden_states` | `dtype` | [R, d] | rows of `hidden_states` as they are |
 | `kept_position_ids` | int64 | [P, R] | original positions |
 | `kept_indices` | int64 | [R] | ascending |
 | `token_entropy` | float32 | [N] | the value that ranks the tokens, whatever the mode: largest kept |
+
+`dtype` is that of the decoder halves, whose buffers are bound without a copy: one Cast of `score_states` at the entrance, and
+everything from there to `token_entropy` is float32; the hidden states are gathered as they came.
 
 R is constant, N symbolic unless given; 1 <= R <= N. Of equal scores the lower index is kept (ONNX defines TopK so). Scores that are
 not finite rank lowest, and stay visible in `token_entropy`. The first three inputs are there even where a mode has no use for them.
@@ -67,6 +70,7 @@ class ScoreSpec:
         mode: one of `runtime.names.SCORE_MODES`.
         grid_width: patches in one row of an image; only `uniform` looks at it.
         visual_tokens: N, or None for any number.
+        dtype: of `score_states` and the hidden states: float32, float16 or bfloat16.
 
     Raises:
         UsageError: a mode or size that cannot be built.
@@ -80,10 +84,13 @@ class ScoreSpec:
     mode: str
     grid_width: int
     visual_tokens: int | None = None
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.mode not in names.SCORE_MODES:
             raise UsageError(f"unknown score mode {self.mode!r}; expected one of {', '.join(names.SCORE_MODES)}")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise UsageError(f"a score graph cannot read states of dtype {self.dtype!r}; expected float32, float16 or bfloat16")
         for name in ("heads", "head_size", "hidden_size", "position_rows", "keep", "grid_width"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 1 or more")
@@ -107,8 +114,8 @@ def build_score(spec: ScoreSpec) -> GraphBuilder:
     """Builds the score graph of one budget; the module's table says what goes in and out."""
     b = GraphBuilder(names.SCORE)
     n, op = spec.tokens, b.op
-    states = b.input(names.SCORE_STATES, "float32", [n, spec.heads * spec.head_size])
-    hidden = b.input(names.HIDDEN_STATES, "float32", [n, spec.hidden_size])
+    states = b.input(names.SCORE_STATES, spec.dtype, [n, spec.heads * spec.head_size])
+    hidden = b.input(names.HIDDEN_STATES, spec.dtype, [n, spec.hidden_size])
     positions = b.input(names.POSITION_IDS, "int64", [spec.position_rows, n])
     if spec.mode == "random":
         seed = b.input(names.IMAGE_SEED, "int64", [1])
@@ -118,9 +125,9 @@ def build_score(spec: ScoreSpec) -> GraphBuilder:
     elif spec.mode == "dpp":
         scores = dpp.dpp_variances(b, hidden, spec.keep)
     else:
-        scores = _activation_scores(b, states, spec)
+        scores = _activation_scores(b, b.cast(states, "float32"), spec)
     kept = _select(b, scores, spec.keep)
-    b.output(op.Gather(hidden, kept, axis=0), names.KEPT_HIDDEN_STATES, "float32", [spec.keep, spec.hidden_size])
+    b.output(op.Gather(hidden, kept, axis=0), names.KEPT_HIDDEN_STATES, spec.dtype, [spec.keep, spec.hidden_size])
     b.output(op.Gather(positions, kept, axis=1), names.KEPT_POSITION_IDS, "int64", [spec.position_rows, spec.keep])
     b.output(kept, names.KEPT_INDICES, "int64", [spec.keep])
     b.output(scores, names.TOKEN_ENTROPY, "float32", [n])

@@ -1,0 +1,108 @@
+"""`python -m benchmarks.engines`: engines of one decoder layer in each half, at a real model's widths, built without a GPU.
+
+    python -m benchmarks.engines                                    # LLaVA-1.5-7B's widths, fp16, all forms of the cache's write
+    python -m benchmarks.engines --forms in_place --decode-rows 1   # what a decode profile fixed at one token costs
+
+Needs TensorRT for RTX (pip install tensorrt-rtx-cu13). Weights are random. Prints engine bytes against weights, activation bytes and
+fused attention kernels of each profile (prefill, append, decode), and what the build took. About 3 bytes of memory for each of weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.command_line import CommandParser, run_command
+
+if TYPE_CHECKING:
+    from export.graphs.decoder import HalfSpec
+    from export.spec import DecoderSpec
+    from runtime.engines.tensorrt_builder import BuiltEngine
+
+LIBRARY = "tensorrt_rtx"
+CAPABILITIES = (80, 86, 89, 120)
+VISUAL_TOKENS, KEPT_TOKENS, TEXT_TOKENS, CAPACITY = 576, 166, 256, 2048
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="python -m benchmarks.engines", description="Sizes of one layer's engines, without a GPU.")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--forms", default="in_place,tensor_scatter,append", metavar="F[,F...]", help="of the cache's write")
+    parser.add_argument("--decode-rows", type=int, default=8, metavar="S", help="most rows of the decode profile (default: 8)")
+    return parser
+
+
+def llava_7b() -> DecoderSpec:
+    """LLaVA-1.5-7B's widths, with one layer in each half."""
+    from export.spec import DecoderSpec
+
+    return DecoderSpec(
+        layers=2, hidden_size=4096, intermediate_size=11008, query_heads=32, kv_heads=32, head_size=128, vocab_size=32064,
+        rms_norm_eps=1e-5, rope_theta=1e4, max_positions=4096,
+    )  # fmt: skip
+
+
+def build(spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path) -> tuple[BuiltEngine, int]:
+    """Exports one half with random weights and builds its engine; also returns the weight file's bytes."""
+    import numpy as np
+
+    from export.graphs.decoder import build_decoder_half
+    from export.weights import WeightFile
+    from runtime.engines.tensorrt_builder import EngineSpec
+    from runtime.engines.tensorrt_process import build_in_child
+    from runtime.engines.tensorrt_profiles import make_profile
+
+    h, i, rng = spec.hidden_size, spec.intermediate_size, np.random.default_rng(0)
+    shapes = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i), "lm_head": (spec.vocab_size, h), "norm": (h,)}
+
+    def read(name: str) -> np.ndarray:
+        shape = next((shape for part, shape in shapes.items() if part in name), (h, h))
+        return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+
+    with WeightFile(folder / "weights.bin") as weights:
+        builder = build_decoder_half(spec, half, read, weights, spec.max_positions)
+        size = weights.info().bytes
+    builder.save(folder / "half.onnx")
+    visual = VISUAL_TOKENS if half.score_states else KEPT_TOKENS
+    rows = {
+        "prefill": (visual, visual + 64, VISUAL_TOKENS + TEXT_TOKENS), "append": (1, 64, TEXT_TOKENS), "decode": (1, 1, decode_rows),
+    }  # fmt: skip
+    profiles = tuple(make_profile(half.name, builder.inputs, n, {"sequence": r, "capacity": (CAPACITY,) * 3}) for n, r in rows.items())
+    job = EngineSpec(half.name, str(folder / "half.onnx"), str(folder / "half.engine"), LIBRARY, CAPABILITIES, profiles)
+    return build_in_child(job), size
+
+
+def _run(args: argparse.Namespace) -> int:
+    from export.graphs.decoder import post_ecl, pre_ecl
+    from export.graphs.kv_write import TENSOR_SCATTER
+
+    spec = llava_7b()
+    print(
+        f"{'half':<9}{'form':<15}{'weights MB':>11}{'engine MB':>10}{'ratio':>7}  {'activations MB':<20}{'fused':<9}{'s':>6}{'peak GB':>9}"
+    )
+    for form in args.forms.split(","):
+        capacity = CAPACITY if form == TENSOR_SCATTER else None
+        first = pre_ecl(1, dtype=args.dtype, kv_write=form, capacity=capacity)
+        for half in (first, post_ecl(1, 2, dtype=args.dtype, kv_write=form, capacity=capacity)):
+            with tempfile.TemporaryDirectory() as folder:
+                built, weights = build(spec, half, args.decode_rows, Path(folder))
+            info, size = built.info, built.file.bytes
+            activations = ", ".join(f"{count / 1e6:.1f}" for count in info.activation_bytes)
+            fused, peak = ", ".join(map(str, info.attention_kernels)), (info.peak_rss_bytes or 0) / 1e9
+            print(
+                f"{half.name:<9}{form:<15}{weights / 1e6:>11.1f}{size / 1e6:>10.1f}{size / weights:>7.3f}  {activations:<20}{fused:<9}"
+                f"{info.build_seconds:>6.1f}{peak:>9.2f}",
+                flush=True,
+            )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(build_parser(), _run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
