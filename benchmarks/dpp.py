@@ -66,8 +66,8 @@ def measure(tokens: int, keep: int, width: int, runs: int, threads: int) -> DppR
         began = time.perf_counter()
         kept, scores = session.run([names.KEPT_INDICES, names.TOKEN_ENTROPY], feeds)
         times_ms.append((time.perf_counter() - began) * 1e3)
-    exact = dpp_order(rows, keep)[0]
-    shortfall = greedy_shortfall(rows, kept[np.argsort(-scores[kept], kind="stable")])
+    exact = dpp_order(rows, keep, 24)[0]
+    shortfall = greedy_shortfall(rows, kept[np.argsort(-scores[kept], kind="stable")], 24)
     decile, median = (float(t) for t in np.percentile(times_ms[1:], (10, 50)))
     return DppRow(
         tokens, keep, width, keep, len(model.graph.node), len(graph), session_s, decile, median, runs, threads,

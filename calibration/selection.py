@@ -81,7 +81,7 @@ def rank(forward: PrunedForward, dense: DensePass, split_layer: int, selector: S
     elif selector.mode == "uniform":
         scores = uniform_scores(count, round(count**0.5)).astype(np.float64)
     elif selector.mode == "dpp":
-        order, scores = dpp_order(dense.entering[split_layer][rows].float().cpu().numpy(), count)
+        order, scores = dpp_order(dense.entering[split_layer][rows].float().cpu().numpy(), count, round(count**0.5))
         return Ranking(order, scores)
     else:
         scores = token_scores(_heads(forward, dense, split_layer, selector), selector.mode)

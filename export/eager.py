@@ -157,6 +157,8 @@ class EagerPrunedLlava:
             )
         self._decoder: Any = decoder
         self.heads = int(decoder.config.num_attention_heads)
+        vision = self.model.config.vision_config
+        self.grid_width = int(vision.image_size) // int(vision.patch_size)
         if not 1 <= split_layer < len(decoder.layers):
             raise UsageError(f"split_layer is {split_layer}, expected 1..{len(decoder.layers) - 1} for {len(decoder.layers)} layers")
         if keep is not None and keep < 1:
@@ -304,7 +306,7 @@ class EagerPrunedLlava:
     def exact_selection(self, queries: Tensor, hidden: Tensor, keep: int) -> Selection:
         """The mode's choice of `keep` visual tokens by queries [N, H * d_h] of layer K-1, or by hidden states [N, d] entering layer K."""
         if self.score_mode in HIDDEN_MODES:
-            order, variances = dpp_order(hidden.numpy(), keep)
+            order, variances = dpp_order(hidden.numpy(), keep, self.grid_width)
             return Selection(np.sort(order), variances)
         scores = token_scores(queries.reshape(len(queries), self.heads, -1), self.score_mode)
         return Selection(select_tokens(scores, keep), scores)

@@ -118,7 +118,7 @@ def compare_selection(chain: EngineChain, eager: EagerPrunedLlava, prompt: Promp
     exact = eager.exact_selection(reference.score_states[visual], hidden, len(kept))
     scores = conversation.token_entropy
     if eager.score_mode in HIDDEN_MODES:
-        return determinantal_quality(hidden.numpy(), exact.kept_indices, exact.scores, kept, scores), kept
+        return determinantal_quality(hidden.numpy(), exact.kept_indices, exact.scores, kept, scores, eager.grid_width), kept
     error = float(np.abs(scores - exact.scores).max()) if scores is not None else float("nan")
     return selection_quality(exact.scores, kept, error), kept
 
@@ -133,7 +133,7 @@ def selection_quality(exact: np.ndarray, kept: np.ndarray, score_error: float = 
 
 
 def determinantal_quality(
-    hidden: np.ndarray, best: np.ndarray, exact: np.ndarray, kept: np.ndarray, scores: np.ndarray | None
+    hidden: np.ndarray, best: np.ndarray, exact: np.ndarray, kept: np.ndarray, scores: np.ndarray | None, grid_width: int
 ) -> SelectionQuality:
     """Compares a set that was chosen by `dpp` with the exact one.
 
@@ -146,8 +146,8 @@ def determinantal_quality(
     order = kept[np.argsort(-np.nan_to_num(scores[kept], nan=-1.0), kind="stable")]
     same = np.array_equal(kept, best)
     error = float(np.abs(scores - exact).max()) if same else float("nan")
-    gap = 0.0 if same else abs(log_determinant(hidden, kept) - log_determinant(hidden, best)) / len(kept)
-    return SelectionQuality(len(np.intersect1d(kept, best)) / len(kept), 0.0, error, greedy_shortfall(hidden, order), gap)
+    gap = 0.0 if same else abs(log_determinant(hidden, kept, grid_width) - log_determinant(hidden, best, grid_width)) / len(kept)
+    return SelectionQuality(len(np.intersect1d(kept, best)) / len(kept), 0.0, error, greedy_shortfall(hidden, order, grid_width), gap)
 
 
 # ---------------------------------------------------------------- controls: each must fail

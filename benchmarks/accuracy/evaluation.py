@@ -29,6 +29,7 @@ from runtime.images import image_hash, image_seed, load_image
 
 MASS_SELECTORS = (Selector("trace"), Selector("row"), Selector("dpp"))  # per-image budgets are tried with these
 UNPRUNED = Setting("unpruned", 0, 0)
+DEFINITIONS = 2  # raised with the definition of any setting: what was measured before it does not count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +121,7 @@ class Evaluation:
         """Names an image's file: everything that its results depend on, the weights by a digest of the embedding table."""
         table = self.forward.model.model.language_model.embed_tokens.weight
         asked = [(q.text, q.answer) for q in group]
-        what = [path.name, hashlib.sha256(path.read_bytes()).hexdigest(), asked, [asdict(s) for s in self.settings()]]
+        what = [DEFINITIONS, path.name, hashlib.sha256(path.read_bytes()).hexdigest(), asked, [asdict(s) for s in self.settings()]]
         return hashlib.sha256(json.dumps([*what, table.double().abs().sum().item()]).encode()).hexdigest()[:24]
 
     def _image(self, path: Path, group: Sequence[Question], settings: Sequence[Setting]) -> _ImageOutcome:

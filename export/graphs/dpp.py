@@ -1,4 +1,4 @@
-"""Graph pieces of mode `dpp`: the tokens whose hidden states are least alike, by a greedy determinant (`export.exact_dpp`).
+"""Graph pieces of mode `dpp`: the tokens least alike in what they hold and where they are, by a greedy determinant (`export.exact_dpp`).
 
 The kernel is one matrix product. Then R steps, unrolled, each of them 11 nodes: the largest variance and its token (TopK), that token's
 row of the kernel less what the tokens before explain of it (two Gathers, Gemm), divided by the variance's root (Max, Sqrt, Div), appended
@@ -23,20 +23,22 @@ LARGEST = float(np.finfo(np.float32).max)
 NOT_FINITE, TAKEN = -1.0, -4.0  # in place of a variance: below every real one, the taken ones lowest
 
 
-def dpp_variances(b: GraphBuilder, hidden: ir.Value, keep: int) -> ir.Value:
+def dpp_variances(b: GraphBuilder, hidden: ir.Value, indices: ir.Value, keep: int, grid_width: int) -> ir.Value:
     """Each token's variance when it was taken, or what is left of it after `keep` steps.
 
     Variances never rise, so the tokens taken are those of the largest values, of equal ones the lower index.
 
     Args:
         hidden: float32 [N, d].
+        indices: int64 [N], 0..N-1.
+        grid_width: patches in one row of an image.
 
     Returns:
         float32 [N]: 0 to 1; NaN for a token that is not finite.
     """
     op = b.op
     finite, column = _finite(b, hidden)
-    kernel = _kernel(b, _directions(b, hidden, finite, column), column)
+    kernel = op.Mul(_kernel(b, _directions(b, hidden, finite, column), column), _nearness(b, indices, grid_width))
     left = b.reshape(op.Where(finite, b.constant(1.0), b.constant(NOT_FINITE)), [-1])
     left, taken, variances = _take(b, kernel, left, keep)
     left = op.ScatterElements(left, taken, variances, axis=0)
@@ -73,6 +75,19 @@ def _kernel(b: GraphBuilder, directions: ir.Value, column: ir.Value) -> ir.Value
     """(1 + cosine) / 2 of all pairs, rows and columns of tokens that are not finite 0: float32 [N, N]."""
     ones = b.op.Mul(column, b.op.Transpose(column, perm=[1, 0]))
     return b.op.Gemm(directions, directions, ones, alpha=0.5, beta=0.5, transB=1)
+
+
+def _nearness(b: GraphBuilder, indices: ir.Value, grid_width: int) -> ir.Value:
+    """exp(-2 |p_i - p_j|^2) of all pairs of places, the image's width as unit: float32 [N, N]."""
+    op, width = b.op, b.constant(grid_width)
+    row = op.Div(indices, width)
+    exponent: ir.Value | None = None
+    for coordinate in (row, op.Sub(indices, op.Mul(row, width))):
+        place = b.cast(coordinate, "float32")
+        difference = op.Sub(op.Unsqueeze(place, b.constant([1])), op.Unsqueeze(place, b.constant([0])))
+        square = op.Mul(op.Mul(difference, difference), b.constant(-2.0 / grid_width**2))
+        exponent = square if exponent is None else op.Add(exponent, square)
+    return op.Exp(exponent)
 
 
 def _take(b: GraphBuilder, kernel: ir.Value, left: ir.Value, keep: int) -> tuple[ir.Value, ir.Value, ir.Value]:

@@ -123,7 +123,7 @@ def build_score(spec: ScoreSpec) -> GraphBuilder:
     elif spec.mode == "uniform":
         scores = controls.uniform_graph(b, b.size(hidden, 0), _indices(b, hidden, spec), spec.grid_width)
     elif spec.mode == "dpp":
-        scores = dpp.dpp_variances(b, hidden, spec.keep)
+        scores = dpp.dpp_variances(b, b.cast(hidden, "float32"), _indices(b, hidden, spec), spec.keep, spec.grid_width)
     else:
         scores = _activation_scores(b, b.cast(states, "float32"), spec)
     kept = _select(b, scores, spec.keep)

@@ -334,14 +334,15 @@ def test_rotary_embedding_leaves_scores_alone() -> None:
 
 def test_mode_dpp_chooses_by_the_hidden_states_that_enter_the_split_layer(tiny: Tiny) -> None:
     ids, pixels = prompt(1)
-    result = EagerPrunedLlava(tiny(), 2, 4, "dpp").prefill(ids, pixels)
+    reference = EagerPrunedLlava(tiny(), 2, 4, "dpp")
+    result = reference.prefill(ids, pixels)
     visual = (ids[0] == IMAGE_ID).numpy()
-    order, variances = dpp_order(result.hidden_states.numpy()[visual], 4)
+    order, variances = dpp_order(result.hidden_states.numpy()[visual], 4, reference.grid_width)
     assert result.selection is not None
     np.testing.assert_array_equal(result.selection.kept_indices, np.sort(order))
     np.testing.assert_array_equal(result.selection.scores, variances)
     for wrong in (result.layer_states[0], result.inputs_embeds, result.score_states):
-        assert np.abs(dpp_order(wrong.numpy()[visual], 4)[1] - variances).max() > 0.01
+        assert np.abs(dpp_order(wrong.numpy()[visual], 4, reference.grid_width)[1] - variances).max() > 0.01
 
 
 @pytest.mark.parametrize("mode", ["trace", "row", "raw"])

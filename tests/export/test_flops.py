@@ -74,7 +74,8 @@ def test_the_graph_of_mode_dpp_counts_its_kernel_its_means_and_a_growing_factor(
     assert counted.matmul == 2 * n * n * d + 2 * (2 * n * d) + sum(2 * n * r for r in range(1, keep))
     step = 2 + 3 * n  # Max, Sqrt; Div, ReduceSumSquare, Sub
     before = n * d * 7 + n * n  # Abs twice, Div, Sub twice, Mul; the sizes of tokens below
-    assert before - n * d < counted.elementwise - keep * step < before + 12 * n
+    places = 9 * n * n  # at the most: what cannot be sized is left out
+    assert before - n * d < counted.elementwise - keep * step < before + 12 * n + places
 
 
 def test_a_convolution_counts_its_kernel(tmp_path: Path) -> None:
