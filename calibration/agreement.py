@@ -119,7 +119,9 @@ class AgreementReader:
             _check_finite(dense)
             if not rankings:  # of what precedes the questions: the same in every pass
                 rankings = {
-                    (mode, split): rank(self.forward, dense, split, Selector(mode), seed) for split in grid.splits for mode in grid.modes
+                    (mode, split): rank(self.forward, dense, split, Selector(mode), seed, grid.scored_keep)
+                    for split in grid.splits
+                    for mode in grid.modes
                 }
             labelled = torch.tensor([question.question.answer is not None for question in together])
             sums.unpruned_right += int((exact(dense.logits, dense.prompt) & labelled).sum())

@@ -40,12 +40,19 @@ class Grid:
         controls: those of them that are compared with but never chosen.
         splits: ascending.
         keeps: descending.
+        largest: of the budgets that are chosen among per image; None where they are all of `keeps`.
     """
 
     modes: tuple[str, ...]
     controls: tuple[str, ...]
     splits: tuple[int, ...]
     keeps: tuple[int, ...]
+    largest: int | None = None
+
+    @property
+    def scored_keep(self) -> int:
+        """The budget that scores are taken at: a bundle scores at its largest one."""
+        return self.largest or max(self.keeps)
 
     def settings(self) -> tuple[Setting, ...]:
         """Split by split, within it keep by keep, within it mode by mode: the order in which numbers are stored."""
@@ -85,4 +92,5 @@ def make_grid(
     return Grid(
         tuple(mode for mode in SCORE_MODES if mode in asked or mode in CONTROLS), tuple(mode for mode in CONTROLS if mode not in asked),
         tuple(sorted(set(chosen_splits))), tuple(sorted(every, reverse=True)),
+        max(more_keeps, default=None),
     )  # fmt: skip

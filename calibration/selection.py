@@ -63,11 +63,15 @@ class Ranking:
         return float(above[self.order[:keep]].sum() / total) if total > 0 else 1.0
 
 
-def rank(forward: PrunedForward, dense: DensePass, split_layer: int, selector: Selector, image_seed: int = 0) -> Ranking:
+def rank(
+    forward: PrunedForward, dense: DensePass, split_layer: int, selector: Selector, image_seed: int = 0, scored_keep: int | None = None
+) -> Ranking:
     """Ranks the visual tokens for a split before layer `split_layer`, 1..L-1.
 
     Args:
         image_seed: from the image's bytes; with the selector's own it decides mode `random`.
+        scored_keep: `dpp` only: scores are the variances left when so many tokens have been taken, as a graph of that budget gives them
+            (default: all). The order does not depend on it.
 
     Raises:
         UsageError: the mode has too few heads to look at, or the split is out of range.
@@ -81,8 +85,9 @@ def rank(forward: PrunedForward, dense: DensePass, split_layer: int, selector: S
     elif selector.mode == "uniform":
         scores = uniform_scores(count, round(count**0.5)).astype(np.float64)
     elif selector.mode == "dpp":
-        order, scores = dpp_order(dense.entering[split_layer][rows].float().cpu().numpy(), count, round(count**0.5))
-        return Ranking(order, scores)
+        hidden, width = dense.entering[split_layer][rows].float().cpu().numpy(), round(count**0.5)
+        order, scores = dpp_order(hidden, count, width)
+        return Ranking(order, scores if scored_keep is None else dpp_order(hidden, scored_keep, width)[1])
     else:
         scores = token_scores(_heads(forward, dense, split_layer, selector), selector.mode)
     order = np.argsort(-np.where(np.isfinite(scores), scores, -np.inf), kind="stable")

@@ -141,7 +141,7 @@ class Evaluation:
 
     def _selectors(self, dense: DensePass, split: int, seed: int, right: dict[Setting, np.ndarray], masses: np.ndarray) -> None:
         chosen = selectors()
-        rankings = {s: rank(self.forward, dense, split, s, seed) for s in chosen}
+        rankings = {s: rank(self.forward, dense, split, s, seed, max(self.budgets(split))) for s in chosen}
         for keep in self.budgets(split):
             kept = np.stack([rankings[s].kept(keep) for s in chosen])
             found = exact(self.forward.pruned(dense, split, kept), dense.prompt).numpy()

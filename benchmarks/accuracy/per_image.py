@@ -11,6 +11,8 @@ from benchmarks.accuracy.evaluation import MASS_SELECTORS
 from benchmarks.accuracy.report import Evidence, table
 from benchmarks.accuracy.statistics import Share
 
+ROUNDING = 1e-9  # a gain of 0 is 0 only up to rounding
+
 
 @dataclass(frozen=True, slots=True)
 class PerImage:
@@ -70,7 +72,7 @@ def markdown(e: Evidence, splits: Sequence[int]) -> str:
         for selector in range(len(MASS_SELECTORS)):
             for target in ladder[1:-1]:
                 found = per_image(e, selector, split, ladder, target)
-                above += found.difference.low > 0
+                above += found.difference.low > ROUNDING
                 d = found.difference
                 rows.append([
                     f"`{found.method}`, K = {split}", f"{found.threshold:.3f}", f"{found.average_keep:.1f}", found.accuracy.percent(),
