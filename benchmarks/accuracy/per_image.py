@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.accuracy.evaluation import MASS_SELECTORS
-from benchmarks.accuracy.report import Evidence, table
+from benchmarks.accuracy.report import ROUNDING, Evidence, table
 from benchmarks.accuracy.statistics import Share
-
-ROUNDING = 1e-9  # a gain of 0 is 0 only up to rounding
 
 
 @dataclass(frozen=True, slots=True)

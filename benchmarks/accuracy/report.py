@@ -17,6 +17,7 @@ from export.spec import DecoderSpec
 
 MAIN = ("trace", "row", "raw", "dpp", "energy-high", "energy-low", "uniform", "random")
 CONTROLS = ("energy-high", "energy-low", "uniform", "random")
+ROUNDING = 1e-9  # a difference of 0 is 0 only up to rounding
 GOAL_SAVED, GOAL_RETAINED = 0.682, 0.96  # EntropyPrune's abstract: 68.2 % fewer FLOPs at 96.0 % of the accuracy
 
 
@@ -62,7 +63,8 @@ def markdown(evidence: Evidence) -> str:
         f"{len(out.images)} held-out questions about {images} images; unpruned {unpruned.percent()} % right. Exact answers in percent; "
         f"intervals at 95 % by bootstrap over images; `random` is the mean of its seeds. K: the split layer. Keep: visual tokens of "
         f"{evidence.visual_tokens} kept after it.",
-        *_goal(evidence), *_by_split(evidence), *_tensors(evidence), *_averages(evidence), *_neighbours(evidence), *_kinds(evidence),
+        *_goal(evidence), *_beside_controls(evidence), *_by_split(evidence),
+        *_tensors(evidence), *_averages(evidence), *_neighbours(evidence), *_kinds(evidence),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -94,6 +96,22 @@ def _goal(e: Evidence) -> Iterator[str]:
         f"Accuracy retained, percent of the unpruned accuracy; decoder prefill alone, vision tower and head left out as the paper counts. "
         f"Best: `{method}` at K = {split}, keep {keep}: {share.percent()} %, which {verdict} the paper's {GOAL_RETAINED:.0%}."
     )
+
+
+def _beside_controls(e: Evidence) -> Iterator[str]:
+    yield "## Beside the controls"
+    settings = [(split, keep) for split in e.outcomes.splits for keep in e.budgets(split)]
+    entropies = [mode if tensor == "query" else f"{mode} of {tensor}s" for mode in ENTROPY_MODES for tensor in TENSORS]
+    rows = []
+    for method in ("dpp", *entropies, *CONTROLS[:-1]):
+        cells = []
+        for control in CONTROLS:
+            found = [e.bootstrap.difference(e.right(method, *s), e.right(control, *s)) for s in settings]
+            above, below = sum(d.low > ROUNDING for d in found), sum(d.high < -ROUNDING for d in found)
+            cells.append("" if method == control else f"{above} / {below}")
+        rows.append([f"`{method}`", *cells])
+    yield table(["", *(f"`{c}`: above / below" for c in CONTROLS)], rows)
+    yield f"At how many of {len(settings)} splits and budgets the whole 95 % interval of the paired difference lies above or below 0."
 
 
 def _by_split(e: Evidence) -> Iterator[str]:
