@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 EMBEDDING_FILE = "embed_tokens.fp32.bin"
 WEIGHTS_FILE = "weights.{precision}.bin"
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"  # engines, as configs/targets call them
 Progress = Callable[[int], None]
 
 
@@ -157,15 +158,37 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
 def obstacles(plan: BuildPlan) -> list[str]:
     """Why a plan cannot be built, a line each: its target's memory, and what is not implemented yet. The only place that says so."""
     from export.memory_plan import misfit
+    from export.spec import GRAPH_DTYPES
 
     problem = misfit(plan.memory_request, plan.model.name)
     lines = [problem] if problem else []
-    if (plan.target.engine, plan.precision) != ("onnxruntime", "fp32"):
+    if plan.precision not in GRAPH_DTYPES:
         lines.append(
-            f"building {plan.precision} for target {plan.target.name} is not implemented yet: what can be built is --target cpu in fp32; "
+            f"building {plan.precision} is not implemented yet: choose --precision {', '.join(GRAPH_DTYPES)} where the target has it; "
+            "--dry-run prints plan and memory for every target and precision"
+        )
+    if plan.target.engine not in ("onnxruntime", TENSORRT, TENSORRT_RTX):
+        lines.append(
+            f"target {plan.target.name} ({plan.target.engine}) is not implemented yet: choose cpu, an rtx or a jetson target; "
             "--dry-run prints plan and memory for every target"
         )
     return lines
+
+
+def compile_engines(plan: BuildPlan, output: Path) -> int:
+    """What is left to do for a target's engines after its bundle is written: RTX engines are built here, a Jetson's on the device.
+
+    Returns:
+        The exit status. Where engines could not be built, the bundle stays as it is, and `runtime.compile` says why.
+    """
+    if plan.target.engine == TENSORRT_RTX:
+        from runtime import compile as compile_command
+
+        capabilities = ",".join(text.replace(".", "") for text in plan.target.compute_capabilities)
+        return compile_command.main([str(output), "--library", "tensorrt_rtx", "--capability", capabilities])
+    if plan.target.engine == TENSORRT:
+        print(f"engines are built on the device: copy {output} there, then run\n  python3 -m runtime.compile {output.name}")
+    return 0
 
 
 def check_buildable(plan: BuildPlan) -> None:
@@ -244,6 +267,7 @@ def _run(args: argparse.Namespace) -> int:
     from export.report import describe_plan, describe_report, make_report
     from export.staging import check_destination
     from export.text_files import bundle_text_files
+    from runtime.engines.tensorrt_library import load_library
 
     options = _options(args)
     output = args.output or default_output(options)
@@ -255,15 +279,18 @@ def _run(args: argparse.Namespace) -> int:
         print("\n".join([*obstacles(plan), "dry run: nothing was written"]))
         return 0
     check_buildable(plan)
+    if plan.target.engine == TENSORRT_RTX:
+        load_library("tensorrt_rtx")  # a missing one is told before anything is written
     _check_space(plan, output)
     total = plan.weights.bytes_to_write()
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None, file=sys.stderr) as bar:
         manifest = build_bundle(plan, output, bar.update)
     report = make_report(plan, manifest)
     print(describe_report(report, output))
+    status = compile_engines(plan, output)
     if args.json:
         print(json.dumps(report))
-    return 0
+    return status
 
 
 def _check_space(plan: BuildPlan, output: Path) -> None:

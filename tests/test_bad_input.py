@@ -61,7 +61,7 @@ from tests.site import Refused, Site, cut
         (["--keep", "4,4", "--auto-keep", "0.9"], "the bundle would hold 4 alone: give two or more, as --keep R,R"),
         (
             ["--keep", "4,2", "--auto-keep", "0.9", "--score-mode", "random"],
-            "--auto-keep means nothing with --score-mode random, whose scores see no image: choose one of trace, row, raw, energy-high",
+            "--auto-keep means nothing with --score-mode random, whose scores see no image: choose one of trace, row, raw, dpp",
         ),
         (["--keep", "4,2", "--auto-keep", "0.9", "--score-mode", "uniform"], "--auto-keep means nothing with --score-mode uniform"),
         (["--keep", "4", "--avg-keep", "9"], "argument --avg-keep: not allowed with argument --keep"),

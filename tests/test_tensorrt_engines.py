@@ -42,7 +42,10 @@ DECODE = (1, 1, 8)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, BuiltEngine]]:
     """tiny-llava in fp16 with two budgets, and the engines of its graphs."""
     folder = tmp_path_factory.mktemp("engines") / "bundle"
-    build_bundle(dataclasses.replace(make_plan(BuildOptions("tiny-llava", keep=(16, 8))), precision="fp16"), folder)
+    build_bundle(
+        dataclasses.replace(make_plan(BuildOptions("tiny-llava", keep=(16, 8), split_layer=6, score_mode="trace")), precision="fp16"),
+        folder,
+    )
     engines = compile_bundle(folder, CompileOptions(RTX, CAPABILITIES))
     return folder, {engine.info.graph: engine for engine in engines}
 

@@ -30,7 +30,7 @@ WIDE_OPERATORS = {"Softmax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Sqrt
 
 
 def export_tiny_llava(folder: Path, precision: str) -> Path:
-    plan = dataclasses.replace(make_plan(BuildOptions("tiny-llava", keep=(16,))), precision=precision)
+    plan = dataclasses.replace(make_plan(BuildOptions("tiny-llava", keep=(16,), split_layer=6, score_mode="trace")), precision=precision)
     build_bundle(plan, folder)
     return folder
 

@@ -37,9 +37,9 @@ ERRORS = {
 }
 # What TensorRT-RTX 1.7 was seen to build; NonZero, Unique, Compress, Einsum, Det, Loop and Scan must stay out.
 OPERATORS = {
-    "Abs", "Add", "Cast", "Concat", "Div", "Gather", "Gemm", "Greater", "Identity", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Mod",
-    "Mul", "Neg", "Range", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare", "Reshape", "ScatterElements", "Shape",
-    "Slice", "Split", "Sqrt", "Squeeze", "Sub", "TopK", "Transpose", "Where",
+    "Abs", "Add", "Cast", "Concat", "Div", "Exp", "Gather", "Gemm", "Greater", "Identity", "Less", "LessOrEqual", "Log", "MatMul",
+    "Max", "Mod", "Mul", "Neg", "Range", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare", "Reshape",
+    "ScatterElements", "Shape", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "TopK", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 
 
