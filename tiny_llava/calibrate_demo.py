@@ -17,7 +17,7 @@ from runtime.command_line import run_command
 from tiny_llava.heldout import CALIBRATION_FOLDER, FOLDER
 
 MODEL = "tiny-llava"
-SPLITS, KEEPS, MODES = "2,3,4,5", "7,11,16", "trace,dpp"
+SPLITS, KEEPS, MODES = "2,3,4,5", "7,11,14,16", "trace,dpp"
 MIN_AGREEMENT = "98"  # percent of next tokens that stay the unpruned model's
 
 
