@@ -51,13 +51,13 @@ def stage_flops(plan: BuildPlan, directory: Path, graphs: Mapping[str, GraphInfo
 
 def make_report(plan: BuildPlan, manifest: Manifest) -> dict[str, Any]:
     """The report as plain data (written to report.json)."""
-    d, k = plan.spec.decoder, plan.split_layer
+    d, k, value = plan.spec.decoder, plan.split_layer, scheme_of(plan.precision).plain_bytes
     flops, n = manifest.flops, plan.visual_tokens
     dense = sum(flops[s] for s in (names.PRE_ECL, names.POST_ECL, "head"))
     budgets = []
     for keep in plan.budgets:
         pruned = flops[names.PRE_ECL] + flops[score_graph(keep)] + flops[f"{names.POST_ECL}.{keep}"] + flops["head"]
-        kv = {"pre_ecl": n * d.kv_bytes_per_token(k), "post_ecl": keep * d.kv_bytes_per_token(d.layers - k)}
+        kv = {"pre_ecl": n * d.kv_bytes_per_token(k, value), "post_ecl": keep * d.kv_bytes_per_token(d.layers - k, value)}
         budgets.append({
             "keep": keep, "average_keep": round(plan.average_keep(keep), 2), "decoder_flops": pruned,
             "decoder_flops_share": round(pruned / dense, 4), "kv_bytes_of_one_image": kv,
@@ -72,8 +72,8 @@ def make_report(plan: BuildPlan, manifest: Manifest) -> dict[str, Any]:
         "bytes_total": sum(info.bytes for info in manifest.files.values()),
         "flops": flops, "decoder_flops_dense": dense, "flops_source": "counted from the exported graphs; a multiply-add counts as 2",
         "memory": None if manifest.memory is None else memory_report(manifest.memory),
-        "kv_bytes_per_token": {"pre_ecl": d.kv_bytes_per_token(k), "post_ecl": d.kv_bytes_per_token(d.layers - k)},
-        "kv_bytes_of_one_image_dense": n * d.kv_bytes_per_token(d.layers), "budgets": budgets,
+        "kv_bytes_per_token": {"pre_ecl": d.kv_bytes_per_token(k, value), "post_ecl": d.kv_bytes_per_token(d.layers - k, value)},
+        "kv_bytes_of_one_image_dense": n * d.kv_bytes_per_token(d.layers, value), "budgets": budgets,
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from runtime.manifest import Manifest, TensorInfo, check_file, read_manifest, sh
 
 ENGINE_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 MAX_VERIFY_BYTES = 16 << 20
+CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of one value
 SCORE_WORDS = {
     "trace": "matrix entropy of a token's query heads, their spectrum divided by its sum; the highest are kept",
     "row": "matrix entropy of a token's query heads, each divided by its norm; the highest are kept",
@@ -69,8 +70,9 @@ class MemoryNeed:
         dropped = 0 if keep is None else max(0, g.visual_tokens - keep)
         weights = sum(info.bytes for name, info in manifest.files.items() if name.endswith(".bin") and name != manifest.embedding)
         table = manifest.files[manifest.embedding].bytes
-        pre = context * g.kv_bytes_per_token(k)
-        post = max(1, context - dropped) * g.kv_bytes_per_token(g.layers - k)
+        value = CACHE_BYTES[next(t.dtype for t in manifest.graphs[names.PRE_ECL].inputs if t.name.startswith(names.PAST))]
+        pre = context * g.kv_bytes_per_token(k, value)
+        post = max(1, context - dropped) * g.kv_bytes_per_token(g.layers - k, value)
         return cls(keep, weights, table, pre, post, weights + table + pre + post)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from export import build
 from runtime.errors import EngineError
+from runtime.inspection import MemoryNeed
 from runtime.manifest import check_files, read_manifest
+from runtime.names import REPORT_FILE
 from tests.site import Site
 
 
@@ -22,6 +25,9 @@ def test_an_rtx_target_ends_with_engines_of_all_graphs_in_the_manifest(site: Sit
     assert (manifest.target, manifest.precision) == ("rtx-40", "fp16")
     assert {engine.graph for engine in manifest.engines} == set(manifest.graphs)
     assert {engine.capabilities for engine in manifest.engines} == {(89,)}
+    report, g = json.loads((output / REPORT_FILE).read_text()), manifest.geometry
+    assert report["kv_bytes_per_token"]["pre_ecl"] == 2 * 2 * g.kv_heads * g.head_size * 2, "two layers, keys and values, fp16"
+    assert MemoryNeed.of(manifest, None).kv_pre_bytes == 512 * report["kv_bytes_per_token"]["pre_ecl"]
     assert "tensorrt_rtx 1." in capfd.readouterr().out
 
 
