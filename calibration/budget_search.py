@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from calibration.agreement import GREEDY_TOKENS, AgreementReader
 from calibration.agreement_collection import AgreementJournal, Collected, collect_agreement
@@ -24,6 +22,7 @@ from calibration.journal import fingerprint_of
 from calibration.pareto import Measured, Rule, choose
 from calibration.per_image import choose_threshold, evaluate_thresholds, usual_thresholds
 from calibration.plan_files import BudgetFiles
+from calibration.progress import resumable_progress
 from calibration.questions import Question, read_questions
 from calibration.resampling import Resampler
 from calibration.subject import Subject, now
@@ -152,27 +151,12 @@ def _collect(search: BudgetSearch, files: BudgetFiles, subject: Subject, grid: G
     })  # fmt: skip
     count = len({question.image for question in questions})
     total = count if search.limit is None else min(search.limit, count)
-    with (
-        AgreementJournal(files.journal, fingerprint) as journal,
-        tqdm(total=total, desc="images", unit="image", disable=None, file=sys.stderr) as bar,
-    ):
-        done = 0
-
-        def step(number: int) -> None:
-            nonlocal done
-            done += number
-            bar.update(number)
-
-        try:
-            return collect_agreement(
-                questions, search.images or search.questions.parent, grid, journal,
-                lambda: AgreementReader(subject.load(search.device, search.dtype), subject.visual_tokens),
-                limit=search.limit, seed=search.seed, progress=step,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted after {done} of {total} images; they are kept in {files.journal}, and the same command goes on from there"
-            ) from None
+    with AgreementJournal(files.journal, fingerprint) as journal, resumable_progress(total, files.journal) as step:
+        return collect_agreement(
+            questions, search.images or search.questions.parent, grid, journal,
+            lambda: AgreementReader(subject.load(search.device, search.dtype), subject.visual_tokens),
+            limit=search.limit, seed=search.seed, progress=step,
+        )  # fmt: skip
 
 
 def _decide(results: Results, rows: Sequence[Measured], rule: Rule, auto_budgets: Sequence[int]) -> Decision:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from calibration.activations import Probe
 from calibration.audit import PrecisionAudit
@@ -20,6 +18,7 @@ from calibration.ecl_report import describe_collapse, make_evidence, short_subje
 from calibration.image_set import CalibrationImage, find_images, read_prompts
 from calibration.journal import Journal, fingerprint_of
 from calibration.plan_files import PlanFiles
+from calibration.progress import resumable_progress
 from calibration.subject import Subject
 from export.budget import check_split
 from export.calibration_plan import CalibrationPlan
@@ -111,25 +110,10 @@ def find_layer(search: LayerSearch, files: PlanFiles) -> FoundLayer:
 def _collect(search: LayerSearch, files: PlanFiles, model: Subject, images: list[CalibrationImage], prompts: tuple[str, ...]) -> Collection:
     fingerprint = fingerprint_of({"version": JOURNAL_VERSION, "revision": model.checkpoint.revision, **_settings(search)})
     total = len(images) if search.limit is None else min(search.limit, len(images))
-    with (
-        Journal(files.journal, fingerprint) as journal,
-        tqdm(total=total, desc="images", unit="image", disable=None, file=sys.stderr) as bar,
-    ):
-        done = 0
-
-        def step(count: int) -> None:
-            nonlocal done
-            done += count
-            bar.update(count)
-
-        try:
-            return collect(
-                images, prompts, search.probe, journal, lambda: model.load(search.device, search.dtype), limit=search.limit, progress=step
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted after {done} of {total} images; they are kept in {files.journal}, and the same command goes on from there"
-            ) from None
+    with Journal(files.journal, fingerprint) as journal, resumable_progress(total, files.journal) as step:
+        return collect(
+            images, prompts, search.probe, journal, lambda: model.load(search.device, search.dtype), limit=search.limit, progress=step
+        )
 
 
 def _settings(search: LayerSearch) -> dict[str, Any]:
