@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from calibration.matrix_entropy import EntropyDefinition, check_heads, head_entropies, layer_entropy
+from calibration.questions import process
 from export.eager import load_llava
 from runtime.errors import CheckpointError, InputError, UsageError
 
@@ -128,7 +129,7 @@ class VisionLanguageReader:
         """The processor's tensors, on the model's device; floating-point ones in the model's type."""
         parts = [{"type": "image"}, {"type": "text", "text": prompt}]
         text = self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-        encoded = self.processor(text=text, images=image, return_tensors="pt")
+        encoded = process(self.processor, text, image, prompt)
         dtype, device = self.model.dtype, self.model.device
         return {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in encoded.items()}
 

@@ -34,7 +34,7 @@ from runtime.manifest import sha256_of
 
 __all__ = ["BudgetSearch", "FoundBudget", "find_budget"]
 
-JOURNAL_VERSION = 1  # raised when the same settings would give other numbers
+JOURNAL_VERSION = 2  # raised with the definition of any mode: what was measured before it does not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +161,17 @@ def _collect(search: BudgetSearch, files: BudgetFiles, subject: Subject, grid: G
 
 def _decide(results: Results, rows: Sequence[Measured], rule: Rule, auto_budgets: Sequence[int]) -> Decision:
     chosen = choose(rows, rule)
+    if auto_budgets and chosen.setting.keep > max(auto_budgets):  # a bundle scores at its largest budget and chooses among all it holds
+        raise UsageError(
+            f"the rule chose keep {chosen.setting.keep}, --auto-budgets end at {max(auto_budgets)}: add {chosen.setting.keep} to them"
+        )
     per_image = _per_image(results, rows, rule, chosen, auto_budgets) if auto_budgets else None
     return Decision(rule, chosen, tuple(results.compare(chosen.setting)), per_image)
 
 
 def _per_image(results: Results, rows: Sequence[Measured], rule: Rule, chosen: Measured, keeps: Sequence[int]) -> PerImage:
     mode, split = chosen.setting.mode, chosen.setting.split_layer
-    budgets = results.image_budgets(mode, split, sorted(set(keeps)))
+    budgets = results.image_budgets(mode, split, sorted({*keeps, chosen.setting.keep}))
     thresholds = evaluate_thresholds(budgets, usual_thresholds(budgets), results.resampler)
     same = {row.setting.keep: row for row in rows if (row.setting.mode, row.setting.split_layer) == (mode, split)}
     ascending = [int(keep) for keep in budgets.keeps]

@@ -84,7 +84,7 @@ def encode(question: Question, image: Any, processor: Any) -> tuple[EncodedQuest
     """
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
     text = processor.apply_chat_template(asked, add_generation_prompt=True)
-    encoded = processor(text=text, images=image, return_tensors="pt")
+    encoded = process(processor, text, image, question.text)
     prompt_ids = tuple(encoded["input_ids"][0].tolist())
     if question.answer is None:
         return EncodedQuestion(question, prompt_ids, None), encoded["pixel_values"]
@@ -94,6 +94,20 @@ def encode(question: Question, image: Any, processor: Any) -> tuple[EncodedQuest
     if not whole.startswith(text):
         raise InputError(f"the chat template does not put an answer after its invitation to answer: {shown(whole)} does not begin with it")
     return EncodedQuestion(question, prompt_ids, _answer_ids(processor.tokenizer, text, whole)), encoded["pixel_values"]
+
+
+def process(processor: Any, text: str, image: Any, question: str) -> Any:
+    """The processor's tensors of a rendered prompt and its image.
+
+    Raises:
+        InputError: it refuses them, a placeholder typed into the question above all.
+    """
+    try:
+        return processor(text=text, images=image, return_tensors="pt")
+    except ValueError as error:
+        raise InputError(
+            f"the checkpoint's processor cannot take the question {shown(question)} ({error}): leave {processor.image_token} out of it"
+        ) from error
 
 
 def _answer_ids(tokenizer: Any, text: str, whole: str) -> tuple[int, ...]:

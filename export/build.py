@@ -298,6 +298,8 @@ def _check_space(plan: BuildPlan, output: Path) -> None:
 
     parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
     free, needed = shutil.disk_usage(parent).free, plan.weights.bytes_to_write()
+    if plan.target.engine == TENSORRT_RTX:  # its engines hold the weights once more
+        needed *= 2
     if free < needed * 1.02:
         raise StorageError(
             f"{parent} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB: free some space or choose another --output"

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from runtime.command_line import run_command
+from runtime.command_line import CommandParser, run_command
+from runtime.errors import StorageError, UsageError
 from tiny_llava.heldout import CALIBRATION_FOLDER, FOLDER
 
 MODEL = "tiny-llava"
@@ -22,7 +23,7 @@ MIN_AGREEMENT = "98"  # percent of next tokens that stay the unpruned model's
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tiny_llava.calibrate_demo", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="python -m tiny_llava.calibrate_demo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("demo/calibration"), metavar="DIR", help="plan, pictures, bundle")
     parser.add_argument("--limit", type=int, metavar="N", help="only N images and N held-out questions")
     return parser
@@ -32,10 +33,14 @@ def _run(args: argparse.Namespace) -> int:
     from calibration import budget, ecl
     from export import build
 
+    if args.output.exists() and not args.output.is_dir():
+        raise StorageError(f"--output {args.output} is a file: name a directory")
+    if args.limit is not None and args.limit < 1:
+        raise UsageError(f"--limit is {args.limit}: give 1 or more images")
     args.output.mkdir(parents=True, exist_ok=True)
     plan, bundle = args.output / "plan.json", args.output / "bundle"
-    for old in args.output.glob("plan*"):  # measured anew each time
-        old.unlink()
+    for end in (".json", ".png", ".images.jsonl", ".budget.png", ".budget.jsonl"):  # measured anew each time
+        plan.with_suffix(end).unlink(missing_ok=True)
     limit = ["--limit", str(args.limit)] if args.limit else []
     questions = str(CALIBRATION_FOLDER / "questions.json")
     steps: tuple[tuple[str, Callable[[list[str]], int], list[str]], ...] = (

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,13 +62,17 @@ class _ImageOutcome:
     text_tokens: np.ndarray
 
 
+NEIGHBOUR_SPLIT = 2  # where FastV prunes, in its paper too
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
     """What is evaluated: a model, its splits and budgets.
 
     Attributes:
         extra_keeps: budgets besides those of `settings`.
-        neighbour_split: the layer at which FastV prunes, and whose costs the others are compared at.
+        neighbour_split: the layer at which FastV prunes, and whose costs the others are compared at; always among `splits`.
+        revision: of the weights.
     """
 
     forward: PrunedForward
@@ -77,7 +80,8 @@ class Evaluation:
     visual_tokens: int
     splits: tuple[int, ...]
     extra_keeps: tuple[int, ...] = ()
-    neighbour_split: int = 2
+    neighbour_split: int = NEIGHBOUR_SPLIT
+    revision: str = ""
 
     def budgets(self, split: int) -> tuple[int, ...]:
         return budgets(self.visual_tokens, self.forward.layers, split, self.extra_keeps)
@@ -119,10 +123,9 @@ class Evaluation:
 
     def _fingerprint(self, path: Path, group: Sequence[Question]) -> str:
         """Names an image's file: everything that its results depend on, the weights by a digest of the embedding table."""
-        table = self.forward.model.model.language_model.embed_tokens.weight
         asked = [(q.text, q.answer) for q in group]
         what = [DEFINITIONS, path.name, hashlib.sha256(path.read_bytes()).hexdigest(), asked, [asdict(s) for s in self.settings()]]
-        return hashlib.sha256(json.dumps([*what, table.double().abs().sum().item()]).encode()).hexdigest()[:24]
+        return hashlib.sha256(json.dumps([*what, self.revision]).encode()).hexdigest()[:24]
 
     def _image(self, path: Path, group: Sequence[Question], settings: Sequence[Setting]) -> _ImageOutcome:
         image = load_image(path)
@@ -179,14 +182,23 @@ class Evaluation:
 
 
 def open_evaluation(checkpoint: Path, splits: Sequence[int] | None = None, extra_keeps: Sequence[int] = ()) -> Evaluation:
-    """A checkpoint ready to be evaluated; `splits` are 1..L/2 unless given."""
+    """A checkpoint ready to be evaluated; `splits` are 1..L/2 unless given.
+
+    Raises:
+        UsageError: a split is out of range.
+    """
     from transformers import AutoProcessor
 
+    from export.budget import check_split
+    from export.checkpoint import Checkpoint
     from export.eager import load_llava
 
     forward = PrunedForward(load_llava(checkpoint, "sdpa"))
     vision = forward.model.config.vision_config
     visual = (vision.image_size // vision.patch_size) ** 2
     chosen = tuple(splits) if splits else tuple(range(1, forward.layers // 2 + 1))
-    torch.manual_seed(0)
-    return Evaluation(forward, AutoProcessor.from_pretrained(checkpoint), visual, chosen, tuple(extra_keeps))
+    for split in chosen:
+        check_split(split, layers=forward.layers)
+    chosen = tuple(sorted({*chosen, NEIGHBOUR_SPLIT}))
+    revision = Checkpoint.open(str(checkpoint)).revision
+    return Evaluation(forward, AutoProcessor.from_pretrained(checkpoint), visual, chosen, tuple(extra_keeps), revision=revision)

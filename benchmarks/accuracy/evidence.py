@@ -17,16 +17,35 @@ from pathlib import Path
 from runtime.command_line import CommandParser, run_command
 
 EXTRA_KEEPS = (16, 11)  # besides the percentages and the paper's averages
-NEIGHBOUR_SPLIT, GOAL_KEEP = 2, 12  # where FastV prunes; what the paper's saving leaves of 64 tokens there
+NEIGHBOUR_SPLIT = 2  # where FastV prunes
+GOAL_KEEP = 12  # what the paper's saving leaves of 64 tokens there
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m benchmarks.accuracy.evidence", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("out/evidence"), metavar="DIR", help="results, and what is measured so far")
-    parser.add_argument("--splits", metavar="K[,K...]", help="split layers (default: 1 to half of the layers)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.add_argument(
+        "--splits",
+        type=_whole_numbers,
+        metavar="K[,K...]",
+        help=f"split layers, and {NEIGHBOUR_SPLIT} (default: 1 to half of all)",
+    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     return parser
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 2,4") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -40,8 +59,7 @@ def _run(args: argparse.Namespace) -> int:
     from runtime.machine import Machine
     from tiny_llava.heldout import CHECKPOINT, FOLDER
 
-    splits = [int(part) for part in args.splits.split(",")] if args.splits else None
-    evaluation = open_evaluation(CHECKPOINT, splits, EXTRA_KEEPS)
+    evaluation = open_evaluation(CHECKPOINT, args.splits, EXTRA_KEEPS)
     questions = read_questions(FOLDER / "questions.json")[: args.limit]
     outcomes = evaluation.run(questions, args.output / "images")
     checkpoint = Checkpoint.open(str(CHECKPOINT))

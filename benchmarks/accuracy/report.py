@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ ROUNDING = 1e-9  # a difference of 0 is 0 only up to rounding
 GOAL_SAVED, GOAL_RETAINED = 0.682, 0.96  # EntropyPrune's abstract: 68.2 % fewer FLOPs at 96.0 % of the accuracy
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """Outcomes with what is needed to put costs and intervals beside them; `neighbour_split` is where FastV prunes."""
 
@@ -31,7 +32,7 @@ class Evidence:
     neighbour_split: int
     extra_keeps: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def bootstrap(self) -> ImageBootstrap:
         return ImageBootstrap(self.outcomes.images)
 
@@ -89,6 +90,9 @@ def _goal(e: Evidence) -> Iterator[str]:
         rows.append([f"K = {split}", str(keep), *saved, *(f"{100 * e.retained(m, split, keep).mean:.1f}" for m in MAIN)])
     yield table(["", "keep", "fewer FLOPs, visual tokens", f"with {text} text tokens", *MAIN], rows)
     fitting_all = [(s, k) for s in e.outcomes.splits for k in e.budgets(s) if e.flops_share(s, k) <= 1 - GOAL_SAVED]
+    if not fitting_all:
+        yield "No split that was tried can save as much."
+        return
     best = max(((e.retained(m, s, k), m, s, k) for m in MAIN for s, k in fitting_all), key=lambda row: row[0].mean)
     share, method, split, keep = best
     verdict = "reaches" if share.mean >= GOAL_RETAINED else "does not reach"

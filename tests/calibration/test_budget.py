@@ -177,15 +177,15 @@ def test_a_plan_is_carried_on_with_its_evidence_and_split(
 
 
 def test_budgets_per_image_are_all_in_the_plan(plain: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--splits", "2", "--modes", "trace", "--keep", "12", "--avg-keep", "16", "--auto-budgets", "4,10,7")
+    more = ("--splits", "2", "--modes", "trace", "--keep", "12", "--avg-keep", "16", "--auto-budgets", "4,12,7")
     found = evidence(capsys, plain, questions, tmp_path / "plan.json", *more)["budget"]
     plan = CalibrationPlan.read(tmp_path / "plan.json")
     assert plan.budgets is not None
     assert plan.budgets[0] == found["chosen"]["keep"]
-    assert set(plan.budgets) == {4, 7, 10, found["chosen"]["keep"]}
+    assert set(plan.budgets) == {4, 7, 12}
     thresholds = found["per_image"]["thresholds"]
-    assert found["per_image"]["budgets"] == [4, 7, 10]
-    assert all(4 <= row["tokens"] <= 10 and sum(row["shares"]) == pytest.approx(1) for row in thresholds)
+    assert found["per_image"]["budgets"] == [4, 7, 12]
+    assert all(4 <= row["tokens"] <= 12 and sum(row["shares"]) == pytest.approx(1) for row in thresholds)
     picked = found["per_image"]["chosen"]
     assert plan.auto_keep == (None if picked is None else picked["threshold"])
 

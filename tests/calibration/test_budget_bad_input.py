@@ -206,3 +206,19 @@ def test_help_is_instant_and_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+def test_a_placeholder_in_a_question_is_told(plain: Path, questions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    raw = json.loads(questions.read_text())
+    raw["questions"][0]["question"] = "<image>\nwhat is it?"
+    questions.write_text(json.dumps(raw))
+    message = r"processor cannot take the question '<image>.*: leave <image> out of it"
+    refused(arguments(plain, questions, tmp_path / "plan.json", *SMALL), message, tmp_path, capfd)
+
+
+def test_budgets_per_image_below_the_chosen_one_are_refused(
+    plain: Path, questions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--splits", "2", "--modes", "trace", "--keep", "15", "--avg-keep", "16", "--auto-budgets", "1,2")
+    message = r"the rule chose keep 15, --auto-budgets end at 2: add 15 to them"
+    refused(arguments(plain, questions, tmp_path / "plan.json", *more), message, tmp_path, capfd)

@@ -179,6 +179,13 @@ def test_prompts_that_are_no_text_or_empty_are_refused(
         refused(arguments(collapsing, images, tmp_path / "plan.json", "--prompts", str(file)), message, tmp_path, capfd)
 
 
+def test_a_placeholder_in_a_prompt_is_told(collapsing: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("<image> what is it?\n")
+    message = r"processor cannot take the question '<image> what is it\?' .*: leave <image> out of it"
+    refused(arguments(collapsing, images, tmp_path / "plan.json", "--prompts", str(file)), message, tmp_path, capfd)
+
+
 def test_a_library_that_is_missing_is_named_with_its_extra(
     collapsing: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,3 +126,14 @@ def test_the_rule_picks_among_thresholds_above_fixed_budgets(
     fixed = measured("trace", 2, fixed_keep, 0.5, fixed_agreement)
     found = choose_threshold(FOUND, rule, fixed, rows())
     assert (None if found is None else found.threshold) == chosen
+
+
+def test_a_bundle_chooses_as_the_calibration_did() -> None:
+    from runtime.budgets import choose_budget, kept_mass
+
+    rng = np.random.default_rng(0)
+    scores, keeps, nothing = rng.random((50, 64)) ** 4, np.array([4, 7, 12]), np.zeros((50, 3))
+    masses = np.stack([kept_mass(row)[keeps - 1] for row in scores])
+    budgets = ImageBudgets(keeps, masses, nothing, nothing, nothing[:, 0], nothing[:, 0])
+    for threshold in (0.1, float(np.median(masses)), 0.99):
+        assert keeps[budgets.assigned(threshold)].tolist() == [choose_budget(row, keeps.tolist(), threshold) for row in scores]
