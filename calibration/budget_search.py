@@ -25,7 +25,7 @@ from calibration.plan_files import BudgetFiles
 from calibration.progress import resumable_progress
 from calibration.questions import Question, read_questions
 from calibration.resampling import Resampler
-from calibration.subject import Subject, now
+from calibration.subject import Subject, check_sample, now
 from export import TOOL_VERSION
 from export.calibration_plan import CalibrationPlan
 from runtime.errors import UsageError
@@ -65,10 +65,7 @@ class BudgetSearch:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit is {self.limit}, expected at least 1 image")
-        if self.seed < 0:
-            raise UsageError(f"--seed is {self.seed}, expected 0 or more")
+        check_sample(self.limit, self.seed)
         if self.rule is not None and self.rule.max_ttft_ms is not None and not self.profiles:
             raise UsageError("--max-ttft-ms needs --profile: a profile.json of python -m runtime.profile")
         if self.auto_budgets and len(set(self.auto_budgets)) < 2:

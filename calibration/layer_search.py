@@ -19,10 +19,9 @@ from calibration.image_set import CalibrationImage, find_images, read_prompts
 from calibration.journal import Journal, fingerprint_of
 from calibration.plan_files import PlanFiles
 from calibration.progress import resumable_progress
-from calibration.subject import Subject
+from calibration.subject import Subject, check_sample
 from export.budget import check_split
 from export.calibration_plan import CalibrationPlan
-from runtime.errors import UsageError
 from runtime.files import write_file
 
 __all__ = ["FoundLayer", "LayerSearch", "find_layer"]
@@ -56,10 +55,7 @@ class LayerSearch:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit is {self.limit}, expected at least 1 image")
-        if self.seed < 0:
-            raise UsageError(f"--seed is {self.seed}, expected 0 or more")
+        check_sample(self.limit, self.seed)
 
 
 @dataclass(frozen=True, slots=True)

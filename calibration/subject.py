@@ -13,9 +13,10 @@ from export.checkpoint import Checkpoint
 from export.configs import ModelConfig, load_model_config
 from export.families import FamilyWeights, adapter_for
 from export.spec import ModelSpec
+from runtime.errors import UsageError
 from runtime.manifest import Source
 
-__all__ = ["Subject"]
+__all__ = ["Subject", "check_sample", "now"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +63,11 @@ class Subject:
 def now() -> str:
     """Date and time, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def check_sample(limit: int | None, seed: int) -> None:
+    """Raises UsageError unless a sample of `limit` images (None: all), drawn by `seed`, can be taken."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit is {limit}, expected at least 1 image")
+    if seed < 0:
+        raise UsageError(f"--seed is {seed}, expected 0 or more")

@@ -6,8 +6,8 @@ less their mean over the tokens, each divided by its norm, and p the tokens' pla
     L_ij = (1 + cos(x_i, x_j)) / 2  *  exp(-2 |p_i - p_j|^2)
 
 1 on the diagonal, 0 between opposite directions, positive semi-definite as both factors are. The second factor says that two like things at
-two places are two things; its width, half an image, was chosen on scenes that no result is reported on. The images of a group lie one below
-the other.
+two places are two things; its width, half an image, was chosen on other scenes than those that results are reported on. The images of a
+group lie one below the other.
 
 The kept set is built greedily so that the determinant of its part of L grows most: each step takes the token with the largest variance left
 once those taken are known (the greedy maximum of a determinantal point process, by an incremental Cholesky factor; Chen, Zhang and Zhou,

@@ -61,7 +61,9 @@ def test_selection_on_real_activations_is_the_exact_one(mode: str, tmp_path: Pat
     assert np.mean([q.overlap for q in found]) >= MIN_OVERLAP
     assert max(q.swap_distance for q in found) <= MAX_SWAP_DISTANCE
     assert max(q.shortfall for q in found) <= MAX_SHORTFALL
-    assert np.nanmax([q.score_error for q in found]) <= MAX_SWAP_DISTANCE / 2
+    errors = np.array([q.score_error for q in found])
+    assert mode == "dpp" or np.isfinite(errors).all()  # NaN is for `dpp` alone, where the sets differ
+    assert np.nanmax(errors) <= MAX_SWAP_DISTANCE / 2
 
 
 def test_checkpoint_loads_as_an_ordinary_hugging_face_model() -> None:
