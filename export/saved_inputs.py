@@ -49,10 +49,10 @@ where DIR is the bundle. All of one kind, stopping at the first that fails:
 
 Expected: outputs of vision, pre_ecl and post_ecl are those of eager transformers in float32, computed from the checkpoint without any of
 these graphs; of score those of ONNX Runtime on the CPU. Tolerances (export/tolerances.py) are absolute for each output: the relative one
-of the table times the largest value expected. Kept tokens have to be the same; where a device keeps others while token_entropy agrees, two tokens
-were within {swap:.0e} of each other. TensorRT may round float32 products to TF32; Polygraphy leaves that off unless --tf32 is given.
-A line with --trt builds an engine of its own for one profile of runtime/engines/tensorrt_profiles.py, with the saved caches' length; the
-engines of runtime.compile are not read.
+of the table times the largest value expected. Kept tokens have to be the same; where a device keeps others while token_entropy agrees,
+two tokens were within {swap:.0e} of each other. TensorRT may round float32 products to TF32; Polygraphy leaves that off unless --tf32 is
+given. A line with --trt builds an engine of its own for one profile of runtime/engines/tensorrt_profiles.py, with the saved caches'
+length; the engines of runtime.compile are not read.
 """
 
 
