@@ -2,6 +2,7 @@
 
     DIR/README.txt                  what this is, and the lines
     DIR/saved.json                  runs, sources, tolerances; it names all that the directory holds
+    DIR/no_tf32.py                  given to Polygraphy, so that float32 products are not rounded
     DIR/RUN.inputs.json             [{input: array}], for --load-inputs
     DIR/RUN.outputs.json            RunResults of what is expected, for --load-outputs
 
@@ -29,6 +30,22 @@ from runtime.names import PAST
 
 INDEX_FILE: Final = "saved.json"
 README_FILE: Final = "README.txt"
+CONFIG_FILE: Final = "no_tf32.py"
+CONFIG: Final = '''\
+"""Read by `polygraphy run --trt-config-postprocess-script`: float32 products are not rounded to TF32.
+
+Polygraphy sees to that with TensorRT; with TensorRT for RTX it leaves the library's default, which rounds.
+"""
+
+import importlib
+
+import polygraphy.config
+
+
+def postprocess_config(builder, network, config):
+    library = importlib.import_module("tensorrt_rtx" if polygraphy.config.USE_TENSORRT_RTX else "tensorrt")
+    config.clear_flag(library.BuilderFlag.TF32)
+'''
 BUNDLE_VARIABLE: Final = "$BUNDLE"
 README: Final = """\
 Inputs and expected outputs of every graph of a bundle, in Polygraphy's formats
@@ -50,9 +67,9 @@ where DIR is the bundle. All of one kind, stopping at the first that fails:
 Expected: outputs of vision, pre_ecl and post_ecl are those of eager transformers in float32, computed from the checkpoint without any of
 these graphs; of score those of ONNX Runtime on the CPU. Tolerances (export/tolerances.py) are absolute for each output: the relative one
 of the table times the largest value expected. Kept tokens have to be the same; where a device keeps others while token_entropy agrees,
-two tokens were within {swap:.0e} of each other. TensorRT may round float32 products to TF32; Polygraphy leaves that off unless --tf32 is
-given. A line with --trt builds an engine of its own for one profile of runtime/engines/tensorrt_profiles.py, with the saved caches'
-length; the engines of runtime.compile are not read.
+two tokens were within {swap:.0e} of each other. A line with --trt builds an engine of its own for one profile of
+runtime/engines/tensorrt_profiles.py, with the saved caches' length, and without TF32 ({config}); the engines of runtime.compile, which may
+use it outside score, are not read.
 """
 
 
@@ -111,6 +128,7 @@ def save_runs(
             blocks.append("\n".join([f"# {run.name}: expected by {run.source}", *lines_of(manifest, run)]))
             progress(run.name)
         head = README.format(**_head(bundle, manifest))
+        (place / CONFIG_FILE).write_text(CONFIG, encoding="utf-8")
         (place / README_FILE).write_text("\n".join([head, *(f"{block}\n" for block in blocks)]), encoding="utf-8")
         index = {
             "files": sorted(path.name for path in place.iterdir()), "manifest_sha256": manifest.export_sha256(),
@@ -131,7 +149,7 @@ def _head(bundle: Path, manifest: Manifest) -> dict[str, Any]:
     return {
         "bundle": bundle.resolve().name, "model": manifest.model, "target": manifest.target, "precision": manifest.precision,
         "split": manifest.split_layer, "budgets": ", ".join(map(str, manifest.budgets)), "created": datetime.date.today().isoformat(),
-        "polygraphy": polygraphy.__version__, "onnxruntime": onnxruntime.__version__, "swap": MAX_SWAP_DISTANCE,
+        "polygraphy": polygraphy.__version__, "onnxruntime": onnxruntime.__version__, "swap": MAX_SWAP_DISTANCE, "config": CONFIG_FILE,
     }  # fmt: skip
 
 
@@ -169,7 +187,7 @@ def lines_of(manifest: Manifest, run: GraphRun) -> Iterator[str]:
     files = ["--load-inputs", f"{run.name}.inputs.json", "--load-outputs", f"{run.name}.outputs.json"]
     checks = ["--validate", "--rtol", "0", "--atol", *tolerances]
     graph = f'"{BUNDLE_VARIABLE}"/{shlex.quote(manifest.graphs[run.graph].file)}'
-    for runner in (["--onnxrt"], ["--trt", "--strongly-typed", *_shapes(manifest, run)]):
+    for runner in (["--onnxrt"], ["--trt", "--strongly-typed", "--trt-config-postprocess-script", CONFIG_FILE, *_shapes(manifest, run)]):
         yield f"polygraphy run {graph} {shlex.join([*runner, *files, *checks])}"
 
 

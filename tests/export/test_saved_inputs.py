@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ import pytest
 from export import verify
 from export.build import build_bundle
 from export.eager import EagerPrunedLlava
+from export.graphs import decoder
 from export.graph_runs import GraphRun, graph_runs
 from export.plan import BuildOptions, make_plan
 from export.saved_inputs import README_FILE, check_savable, run_profile, save_runs, variables
 from runtime import names
 from runtime.errors import UsageError
 from runtime.pipeline import VisionLanguageModel, load
+from runtime.prompt import PromptBuilder
 from tests.export.test_staging import tree
 
 RUNS = ("vision", "pre_ecl.prefill", "pre_ecl.decode", "score.4", "score.2", "post_ecl.prefill", "post_ecl.decode")
@@ -102,6 +105,19 @@ def test_tensorrt_lines_are_understood_by_polygraphy(saved: Path, tiny_bundle: P
         assert f"RunResults.load_streaming('{run}.outputs.json'" in done.stdout
 
 
+def test_tensorrt_for_rtx_builds_an_engine_from_every_line_without_tf32(saved: Path, tiny_bundle: Path) -> None:
+    """Building needs no GPU; running does, and without one that is where a line ends."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    found = lines(saved, "--trt", *RUNS)
+    assert len(found) == len(RUNS)
+    for line in found:
+        done = status(line, saved, tiny_bundle, POLYGRAPHY_USE_TENSORRT_RTX="1")
+        assert "Finished engine building" in done.stdout, done.stdout + done.stderr
+        (flags,) = (text.split("|")[1].strip() for text in done.stdout.splitlines() if text.strip().startswith("Flags "))
+        assert flags == "[STRONGLY_TYPED]"
+        assert done.returncode == 0 or "Could not deserialize engine" in done.stdout
+
+
 # ---------------------------------------------------------------- what is saved
 
 
@@ -146,6 +162,25 @@ def test_debug_outputs_and_a_random_score_are_saved_too(tiny_checkpoint: Path, t
     assert all(s.passed for s in save_runs(tmp_path / "saved", tmp_path / "bundle", model.manifest, runs.values()))
 
 
+@pytest.mark.parametrize("form", ["append", "tensor_scatter"])
+def test_other_forms_of_the_caches_write_are_saved_as_they_are(
+    form: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`append` gives new rows alone, and what comes next is given them in the cache; `tensor_scatter` has a fixed capacity."""
+    halves = {name: getattr(decoder, name) for name in ("pre_ecl", "post_ecl")}
+    for name, half in halves.items():
+        monkeypatch.setattr(decoder, name, lambda *a, half=half, **k: replace(half(*a, **k), kv_write=form, capacity=128))
+    options = BuildOptions("llava15", checkpoint=str(tiny_checkpoint), keep=(4,), split_layer=2, max_context=128)
+    manifest = build_bundle(make_plan(options), tmp_path / "bundle")
+    builder = PromptBuilder(tmp_path / "bundle", manifest)
+    prompt = builder.build(verify.QUESTION, verify.synthetic_images(1, 56))
+    runs = list(graph_runs(tmp_path / "bundle", manifest, prompt, EagerPrunedLlava(tiny_checkpoint, 2, None, "trace")))
+    shapes = {run.name: run.outputs["present.3.key"].shape[2] for run in runs if run.graph == names.POST_ECL}
+    rows = len(prompt.ids.input_ids) - 12
+    assert shapes == ({"post_ecl.prefill": rows, "post_ecl.decode": 1} if form == "append" else dict.fromkeys(shapes, 128))
+    assert all(s.passed for s in save_runs(tmp_path / "saved", tmp_path / "bundle", manifest, runs))
+
+
 # ---------------------------------------------------------------- the directory
 
 
@@ -155,7 +190,7 @@ def test_an_earlier_directory_of_its_kind_is_replaced_and_a_foreign_one_left_alo
     shutil.copytree(saved, ours)
     save_runs(ours, tiny_bundle, load(tiny_bundle).manifest, ())
     assert json.loads((ours / "saved.json").read_text())["runs"] == []
-    assert sorted(path.name for path in ours.iterdir()) == ["README.txt", "saved.json"]
+    assert sorted(path.name for path in ours.iterdir()) == ["README.txt", "no_tf32.py", "saved.json"]
     shutil.copytree(saved, foreign)
     (foreign / "notes.txt").write_text("mine")
     before = tree(foreign)
