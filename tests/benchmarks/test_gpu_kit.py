@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.gpu import __main__ as kit
-from benchmarks.gpu import bundles, device, environment, latency, parity, transformers
+from benchmarks.gpu import bundles, chart, device, environment, latency, parity, table, transformers
 from benchmarks.gpu.latency import Answer, in_turn
 from benchmarks.gpu.settings import GPU_BACKENDS, REHEARSAL, RESULTS, Settings
 from export.configs import load_model_config
@@ -150,6 +151,31 @@ def test_the_device_is_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.
         device.find_gpu(3)
 
 
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU, on which backends may run")
+def test_a_machine_where_no_backend_runs_gets_reasons_and_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, but for the GPU: what runs for real is told apart from a rehearsal, and nothing is measured or invented."""
+    fake_nvidia_smi(tmp_path, monkeypatch, "NVIDIA H100 80GB HBM3, 580.159.04, 9.0, 81559")
+    output, results = tmp_path / "out", tmp_path / "results"
+    options = ["--output", str(output), "--results", str(results)]
+    assert kit.main([*options, "--part", "environment", "--part", "parity"]) == 0
+    found = read(output / "environment.json")
+    assert "note" not in found
+    assert found["device"] == "NVIDIA H100 80GB HBM3"
+    assert found["result"]["gpu"]["capability"] == 90
+    for backend in GPU_BACKENDS:
+        tried = found["result"]["backends"][backend]
+        assert tried["runs"] is False
+        assert len(tried["reason"]) > 20
+        assert read(output / f"parity-{backend}.json")["result"]["skipped"] == tried["reason"]
+    assert kit.main([*options, "--part", "latency"]) == 2
+    assert "latency-cuda needs bundles, which has not run" in capfd.readouterr().err
+    assert kit.main([*options, "--part", "summary"]) == 2
+    assert "holds no latency of any backend" in capfd.readouterr().err
+    assert not results.exists()
+
+
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU, on which they run")
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_a_backend_that_cannot_run_is_told_with_its_reason(backend: str, rehearsed: Path) -> None:
@@ -246,6 +272,29 @@ def test_transformers_gets_the_geometry_of_the_models_config() -> None:
     spec = load_model_config("llava15").spec
     assert spec is not None
     assert find_adapter("llava15").describe(transformers.llava_config(spec).to_dict()) == spec
+
+
+def test_the_document_names_the_device_its_versions_and_what_is_missing(rehearsed: Path) -> None:
+    (path,) = rehearsed.glob("*-gpu-rehearsal.json")
+    found = read(path)
+    del found["note"]
+    found["gpu"] = {"name": "NVIDIA Test", "driver": "1.2", "cuda": "13.0", "capability": 89, "memory_bytes": 8 << 30}
+    found["device"] = "NVIDIA Test"
+    found["latency"] = {"cuda": found["latency"]["cpu"], "tensorrt": found["latency"]["cpu"]}
+    found["backends"]["tensorrt_rtx"] = {"runs": True, "reason": None, "engine_capabilities": [80]}
+    found["engines"] = {"tensorrt": {"engines": [{}, {}], "seconds": 61.0, "weights_ratio": 1.01}}
+    found["left_out"], found["not_run"] = {"latency-tensorrt_rtx": "it did not answer"}, ["transformers-tensorrt"]
+    text = table.describe(found, "picture.png")
+    for words in (
+        "# NVIDIA Test, 20", "compute capability 8.9, 8.6 GB; driver 1.2, CUDA up to 13.0", "## cuda: one image of 16", "## tensorrt: one image",
+        "| tensorrt_rtx | yes, with engines for SM80 |", "Engines of tensorrt: 2 in 61 s, 1.010 times the bundle's weights.",
+        "- latency-tensorrt_rtx left out: it did not answer", "- transformers-tensorrt: not run",
+    ):  # fmt: skip
+        assert words in text
+    assert REHEARSAL not in text
+    picture = io.BytesIO()
+    chart.draw(found, picture)
+    assert picture.getvalue().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- wheels
