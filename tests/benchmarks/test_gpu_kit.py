@@ -286,7 +286,7 @@ def test_the_document_names_the_device_its_versions_and_what_is_missing(rehearse
     found["left_out"], found["not_run"] = {"latency-tensorrt_rtx": "it did not answer"}, ["transformers-tensorrt"]
     text = table.describe(found, "picture.png")
     for words in (
-        "# NVIDIA Test, 20", "compute capability 8.9, 8.6 GB; driver 1.2, CUDA up to 13.0", "## cuda: one image of 16", "## tensorrt: one image",
+        "# NVIDIA Test, 20", "compute capability 8.9, 8.6 GB; driver 1.2, CUDA up to 13.0", "## cuda: one image", "## tensorrt: one image",
         "| tensorrt_rtx | yes, with engines for SM80 |", "Engines of tensorrt: 2 in 61 s, 1.010 times the bundle's weights.",
         "- latency-tensorrt_rtx left out: it did not answer", "- transformers-tensorrt: not run",
     ):  # fmt: skip
