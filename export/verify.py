@@ -2,6 +2,7 @@
 
     python -m export.verify bundles/tiny-llava-cpu
     python -m export.verify BUNDLE --checkpoint DIR --images DIR --selection-images 100
+    python -m export.verify BUNDLE --save-inputs DIR            # every graph's inputs and outputs, for Polygraphy on a device
 
 Prefill, every cache tensor, greedy decoding, the selection, and controls that must fail. Writes verify.json into the bundle.
 """
@@ -36,6 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="what the bundle was made from (default: its model's)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="images to compare with (default: seeded noise and gradients)")
     parser.add_argument("--selection-images", type=int, default=20, metavar="N", help="images for the selection's statistics")
+    parser.add_argument(
+        "--save-inputs", type=Path, metavar="DIR",
+        help="write every graph's inputs and expected outputs as Polygraphy's files, with the lines that compare them on a device",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the last line of stdout is the report as one JSON object")
     return parser
 
@@ -188,6 +193,8 @@ def _run(args: argparse.Namespace) -> int:
     from runtime.pipeline import load
 
     given = _folder_images(args.images) if args.images else None
+    if args.save_inputs is not None:
+        _check_save_inputs(args.save_inputs, args.bundle)
     model = load(args.bundle)
     reference = _reference(model, args.checkpoint)
     side = reference.model.config.vision_config.image_size
@@ -198,9 +205,34 @@ def _run(args: argparse.Namespace) -> int:
         (args.bundle / VERIFY_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise storage_error(error, args.bundle / VERIFY_FILE) from error
+    saved = args.save_inputs is None or _save_inputs(args.save_inputs, model, reference, images[0])
     if args.json:
         print(json.dumps(report))
-    return 0 if report["passed"] else FAILED
+    return 0 if report["passed"] and saved else FAILED
+
+
+def _check_save_inputs(directory: Path, bundle: Path) -> None:
+    """Says what is wrong with `--save-inputs` before time is spent on comparing."""
+    from export.saved_inputs import SAVED_INPUTS, check_savable
+    from export.staging import check_destination
+    from runtime.errors import UsageError
+    from runtime.manifest import read_manifest
+
+    check_savable(read_manifest(bundle))
+    if directory.resolve().is_relative_to(bundle.resolve()):
+        raise UsageError(f"--save-inputs {directory} is inside the bundle, which holds nothing but its own files: name another directory")
+    check_destination(directory, SAVED_INPUTS)
+
+
+def _save_inputs(directory: Path, model: VisionLanguageModel, reference: EagerPrunedLlava, image: ImageSource) -> bool:
+    """Saves one prompt's runs and prints what was written; whether the graphs, run here, are within all tolerances."""
+    from export.graph_runs import graph_runs
+    from export.saved_inputs import describe, save_runs
+
+    runs = graph_runs(model.bundle, model.manifest, _prompt(model, [image]), reference)
+    saved = save_runs(directory, model.bundle, model.manifest, runs)
+    print(describe(saved, directory))
+    return all(s.passed for s in saved)
 
 
 def _reference(model: VisionLanguageModel, checkpoint: str | None) -> EagerPrunedLlava:
