@@ -44,6 +44,7 @@ class EngineChain:
     @property
     def max_context(self) -> int:
         """The longest prompt and answer, in tokens."""
+        self._check_open()
         return min(self.manifest.max_context, self.executor.max_context)
 
     def new_conversation(self, tokens: int, kept_tokens: int) -> Conversation:

@@ -109,13 +109,11 @@ class HostDevice:
 
     def upload(self, address: int, source: np.ndarray) -> None:
         assert source.flags.c_contiguous
-        self.uploads.append(source.nbytes)
         self.enqueue("upload", lambda: self._upload(address, source))
 
     def download(self, target: np.ndarray, address: int) -> None:
         assert target.flags.c_contiguous
         assert target.flags.writeable
-        self.downloads.append(target.nbytes)
         self.enqueue("download", lambda: self._download(target, address))
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
@@ -175,14 +173,17 @@ class HostDevice:
     # ------------------------------------------------------------ for engines
 
     def enqueue(self, kind: str, start: Callable[[], Callable[[], None]]) -> None:
-        """`start` checks what it is given when it is enqueued, and returns what happens at `synchronize`."""
+        """`start` checks what it is given when it is enqueued (or replayed), and returns what happens at `synchronize`."""
         self._check_open()
-        self.counts[kind] += 1
+
+        def begin() -> Callable[[], None]:
+            self.counts[kind] += 1
+            return start()
+
         if self._recording is not None:
-            start()
-            self._recording.append(start)
+            self._recording.append(begin)
         else:
-            self._queue.append(start())
+            self._queue.append(begin())
 
     def bytes_at(self, address: int, nbytes: int) -> np.ndarray:
         """The bytes of a range, which must lie in one allocation that is not freed."""
@@ -201,6 +202,7 @@ class HostDevice:
 
     def _upload(self, address: int, source: np.ndarray) -> Callable[[], None]:
         into, given = self.bytes_at(address, source.nbytes), source.copy()
+        self.uploads.append(source.nbytes)
 
         def run() -> None:
             assert np.array_equal(source.view(np.uint8), given.view(np.uint8)), "what is uploaded was changed before it was"
@@ -210,6 +212,7 @@ class HostDevice:
 
     def _download(self, target: np.ndarray, address: int) -> Callable[[], None]:
         out_of = self.bytes_at(address, target.nbytes)
+        self.downloads.append(target.nbytes)
         target.reshape(-1).view(np.uint8)[:] = JUNK  # whoever reads it now reads this
 
         def run() -> None:
