@@ -147,4 +147,4 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(f"runtime.device.{name}")
     except (ImportError, OSError) as error:
-        raise EngineError(f"the backend cannot be loaded ({error}): pip install 'entropy-prune[cuda]'") from error
+        raise EngineError(f"the backend cannot be loaded ({error}): install its packages again, see docs/backends.md") from error

@@ -48,7 +48,7 @@ class DecodeStep:
         self, device: Device, pre: DeviceHalf, post: DeviceHalf, *, hidden_size: int, vocab_size: int, dtype: str, capture: bool = True
     ) -> None:
         self._device, self._pre, self._post, self._scratch = device, pre, post, Scratch(device)
-        obstacle = next((found for half in (pre, post) if (found := uncapturable(half)) is not None), None)
+        obstacle = pre.engine.uncapturable or post.engine.uncapturable
         if capture and obstacle is not None:
             _log.info("decode steps are not captured: %s", obstacle)
         self.captures = capture and obstacle is None
@@ -126,12 +126,6 @@ class DecodeStep:
         except EngineError as error:
             _log.warning("decode steps are not captured, each is enqueued anew: %s", error)
             self.captures = False
-
-
-def uncapturable(half: DeviceHalf) -> str | None:
-    """Why an engine's runs cannot be captured, as it says itself (an attribute `uncapturable`); None where it says nothing."""
-    reason: str | None = getattr(half.engine, "uncapturable", None)
-    return reason
 
 
 def finite(logits: np.ndarray) -> bool:

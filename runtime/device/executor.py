@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ class DeviceExecutor:
     """See `runtime.executor.Executor`. Owns the device and the engines: `close`, or the last reference to it, closes the device.
 
     Args:
-        engines: one for each graph of the manifest.
+        engines: one for each graph of the manifest; the table is taken over, and emptied in the end.
         label: what runs, for people.
 
     Raises:
@@ -53,7 +53,7 @@ class DeviceExecutor:
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, device: Device, engines: Mapping[str, DeviceEngine], label: str,
+        self, bundle: Path, manifest: Manifest, device: Device, engines: dict[str, DeviceEngine], label: str,
         options: DeviceOptions | None = None,
     ) -> None:  # fmt: skip
         check_tables(manifest)
@@ -62,7 +62,7 @@ class DeviceExecutor:
             raise EngineError(f"there is no engine of {missing[0]}: compile the bundle again")
         self.manifest, self.device, self.label, self.on_run = manifest, device, label, _ignore
         self.lock = threading.RLock()
-        self.engines: dict[str, DeviceEngine] = dict(engines)
+        self.engines = engines
         self.dtype, g = dtype_of_halves(manifest), manifest.geometry
         self._table = TokenTable(bundle / manifest.embedding, (g.vocab_size, g.hidden_size), self.dtype)
         self.scratch, self.stage = Scratch(device), Stage(device)
@@ -161,6 +161,8 @@ class DeviceExecutor:
     @contextmanager
     def _settling(self) -> Iterator[None]:
         """Nothing of this stage is under way when it ends, also after an error; if that cannot be, the next stage waits first."""
+        if not self._close.alive:
+            raise EngineError("the model was closed: load the bundle again")
         if self._unsettled:
             self.device.synchronize()
         self._unsettled = True

@@ -6,7 +6,7 @@ A half is causal and its cache tells it what came before, so pieces give what on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class DeviceHalf:
         """
         rows = len(positions)
         cache.reserve(rows)
-        pieces = list(self._pieces(rows, hidden))
+        pieces = list(self._pieces(rows, (hidden, *outputs.values())))
         self._stage.begin(sum(round_up(8 * (stop - start)) + 2 * round_up(8) for start, stop in pieces))
         inputs = []
         for start, stop in pieces:
@@ -102,15 +102,25 @@ class DeviceHalf:
     def close(self) -> None:
         self._stage.close()
 
-    def _pieces(self, rows: int, hidden: DeviceArray) -> Iterator[tuple[int, int]]:
-        """Stretches of at most the engine's rows; each begins at an aligned address where that is possible."""
-        most = self.engine.max_rows or rows
-        if most < rows:
-            row_bytes = hidden.shape[-1] * ITEM_BYTES[hidden.dtype]
-            step = ALIGNMENT // math.gcd(ALIGNMENT, row_bytes)
-            most = most // step * step or most
-        for start in range(0, rows, most):
-            yield start, min(start + most, rows)
+    def _pieces(self, rows: int, arrays: Iterable[DeviceArray]) -> Iterator[tuple[int, int]]:
+        """Stretches that the engine takes, the longest first; each begins at an aligned address of the arrays that are cut."""
+        ranges = self.engine.row_ranges or ((1, self.engine.max_rows or rows),)
+        row_bytes = [array.shape[-1] * ITEM_BYTES[array.dtype] for array in arrays]
+        step = max(ALIGNMENT // math.gcd(ALIGNMENT, nbytes) for nbytes in row_bytes)  # powers of two
+        start = 0
+        while start < rows:
+            fitting = [min(high, rows - start) for low, high in ranges if low <= rows - start]
+            if not fitting:
+                raise EngineError(
+                    f"the engine of {self.name} takes {ranges[0][0]} rows or more at once, {rows - start} are left: "
+                    "compile the bundle again"
+                )
+            count = max(fitting)
+            if start + count < rows:
+                rounded = count // step * step
+                count = rounded if any(low <= rounded <= high for low, high in ranges) else count
+            yield start, start + count
+            start += count
 
     def _staging(self, sizes: Mapping[str, int], scratch: Scratch) -> Arrays:
         """Where `present.*` of the new rows goes: one buffer, a part of it for each."""

@@ -33,7 +33,7 @@ CPU, CUDA = "cpu", "cuda"
 GPU_PACKAGE, CPU_PACKAGE = "onnxruntime-gpu", "onnxruntime"
 
 
-class OnnxRuntimeDeviceEngine:
+class OnnxRuntimeDeviceEngine(DeviceEngine):
     """See `runtime.device.base.DeviceEngine`: a session, and one binding that is told only what changed.
 
     Args:
@@ -45,7 +45,7 @@ class OnnxRuntimeDeviceEngine:
 
     capacity: int | None = None
     max_rows: int | None = None
-    uncapturable = "ONNX Runtime cannot run within a capture"
+    uncapturable: str | None = "ONNX Runtime cannot run within a capture"
 
     def __init__(
         self, name: str, path: Path, graph: GraphInfo, device: Device, *, device_type: str = CUDA, device_index: int = 0,

@@ -238,6 +238,7 @@ class QueuedEngine:
     device: HostDevice
     capacity: int | None = None
     max_rows: int | None = None
+    row_ranges: tuple[tuple[int, int], ...] = ()
     uncapturable: str | None = None
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     last: Mapping[str, DeviceArray] = field(default_factory=dict)
@@ -252,6 +253,8 @@ class QueuedEngine:
             assert array.address % ALIGNMENT == 0, f"{self.name}: {name} lies at an odd address"
             assert self.capacity is None or ".key" not in name or array.shape[2] in (self.capacity, first[1])
         rows = first[0] if self.name.startswith("score") else first[1]
+        ranges = self.row_ranges if self.name in ("pre_ecl", "post_ecl") else ()
+        assert not ranges or any(low <= rows <= high for low, high in ranges), f"{rows} rows are in none of {ranges}"
         assert self.max_rows is None or self.name == "vision" or rows <= self.max_rows
 
         def start() -> Callable[[], None]:

@@ -246,6 +246,23 @@ def test_prompts_longer_than_the_engine_run_in_pieces(bundle: Path, plain: Visio
     assert sum(row > 1 for row in rows) > 6
 
 
+@pytest.mark.parametrize("ranges", [((1, 8), (1, 20), (33, 50)), ((1, 8), (16, 40))])
+def test_rows_between_two_profiles_run_in_pieces_that_fit(
+    ranges: tuple[tuple[int, int], ...], bundle: Path, plain: VisionLanguageModel, device: HostDevice
+) -> None:
+    model = on_host_device(bundle, device, row_ranges=ranges, capacity=512)
+    for words in range(0, 80, 9):
+        messages = QUESTION + " row" * words
+        for images in (0, 1):
+            same(ask(model, messages, [picture(1)] * images), ask(plain, messages, [picture(1)] * images))
+
+
+def test_rows_that_no_profile_takes_are_an_error(bundle: Path, device: HostDevice) -> None:
+    model = on_host_device(bundle, device, row_ranges=((16, 40),))
+    with pytest.raises(EngineError, match=r"the engine of pre_ecl takes 16 rows or more at once, \d+ are left: compile the bundle again"):
+        ask(model, QUESTION + " row" * 40, [])
+
+
 def test_more_visual_tokens_than_a_score_takes_say_how_to_compile(bundle: Path, device: HostDevice) -> None:
     model = on_host_device(bundle, device, max_rows=24)
     message = r"the engine of score\.4 takes 24 visual tokens at once, the message has 32: .*`python -m runtime.compile --images 2`"
