@@ -195,7 +195,7 @@ def _run(args: argparse.Namespace) -> int:
     given = _folder_images(args.images) if args.images else None
     if args.save_inputs is not None:
         _check_save_inputs(args.save_inputs, args.bundle)
-    model = load(args.bundle)
+    model = load(args.bundle, backend="cpu")
     reference = _reference(model, args.checkpoint)
     side = reference.model.config.vision_config.image_size
     images = given or synthetic_images(max(2, args.selection_images), side)
