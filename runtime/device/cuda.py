@@ -95,7 +95,7 @@ class CudaDevice(Device):
         ctypes.memset(pointer, 0, nbytes)
         block = (ctypes.c_uint8 * nbytes).from_address(pointer)  # the array keeps it alive
         weakref.finalize(block, self._context.discard, "cuMemFreeHost", pointer).atexit = False
-        return np.frombuffer(block, np.uint8)
+        return np.frombuffer(memoryview(block), np.uint8)
 
     def upload(self, address: int, source: np.ndarray) -> None:
         with self.current():
@@ -145,7 +145,7 @@ class CudaDevice(Device):
             self._context.empty()  # nothing uses it any more
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes as the driver counts them; a Jetson's free figure leaves out what the system could give back (file caches)."""
+        """Free and total bytes as the driver counts them; on a Jetson, what the system could give back (file caches) is not free to it."""
         with self.current():
             free, total = self._driver.call("cuMemGetInfo")
         return int(free), int(total)

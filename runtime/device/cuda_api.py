@@ -1,7 +1,7 @@
 """NVIDIA's driver as `cuda.bindings` (package cuda-bindings, 12.x and 13.x) offers it, its error codes turned into EngineError.
 
-The driver's own API alone is used, not the CUDA runtime's: a bindings package of 12.9 then runs on the driver of CUDA 12.6 (JetPack 6.2), and
-the context is the primary one, which engine libraries use too. Knows nothing about streams, memory or engines.
+The driver's own API alone is used, not the CUDA runtime's, so that a package of CUDA 12.9 can serve the driver of CUDA 12.6 (JetPack 6.2).
+The context is the primary one, which engine libraries use too. Knows nothing about streams, memory or engines.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ NO_DRIVER: Final = (
     "(on a Jetson: --runtime nvidia)"
 )
 ADVICE: Final = {
-    "CUDA_ERROR_NO_DEVICE": "the NVIDIA driver finds no GPU: look at nvidia-smi, and at CUDA_VISIBLE_DEVICES; in a container, start it with --gpus all",
+    "CUDA_ERROR_NO_DEVICE":
+        "the NVIDIA driver finds no GPU: look at nvidia-smi and at CUDA_VISIBLE_DEVICES; start a container with --gpus all",
     "CUDA_ERROR_STUB_LIBRARY": "libcuda is a stub, not the driver: take the CUDA toolkit's folder 'stubs' out of LD_LIBRARY_PATH",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the driver's library and its kernel module differ in version: restart the machine",
     "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "this GPU does not run CUDA's forward-compatible libcuda: take it out of LD_LIBRARY_PATH",

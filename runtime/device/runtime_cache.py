@@ -1,8 +1,9 @@
 """Kernels that TensorRT for RTX compiled on this machine, kept between processes, so that only the first start compiles them.
 
-One file for each set of engines, library version, compute capability and CUDA version, in the user's cache directory (`XDG_CACHE_HOME`, by default
-~/.cache; on Windows LOCALAPPDATA) below `entropy-prune`. Not in the bundle: that may be read-only, is hashed, and is replaced as a whole. The
-files may be deleted at any time. The library checks a cache against the device and its own version, and one that it refuses is written anew.
+One file for each set of engines, library version, compute capability and CUDA version, below `entropy-prune` in the user's cache directory
+(`XDG_CACHE_HOME`, by default ~/.cache; on Windows LOCALAPPDATA). Not in the bundle: that may be read-only, and a rebuild refuses to replace
+one with files that are not its own. The files may be deleted at any time. The library checks a cache against the device and its own
+version; one that it refuses is written anew.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class RuntimeCache:
             return
         try:
             data = self._path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             _log.warning("cannot read %s (%s): kernels are compiled anew", self._path, error.strerror)

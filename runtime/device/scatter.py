@@ -18,9 +18,7 @@ from runtime.errors import EngineError
 UNITS: Final = (16, 4, 2)
 THREADS: Final = 256  # of one block
 MAX_UNITS: Final = 1 << 31
-INSTALL: Final = (
-    "pip install nvidia-cuda-nvrtc-cu12 (CUDA 13: nvidia-cuda-nvrtc; on a Jetson: apt-get install cuda-nvrtc-12-6, or the JetPack's version)"
-)
+INSTALL: Final = "pip install nvidia-cuda-nvrtc-cu12 (CUDA 13: nvidia-cuda-nvrtc; on a Jetson: apt-get install cuda-nvrtc-12-6)"
 # A thread moves one unit. Rows that would leave the cache are dropped, so that a wrong position never writes elsewhere.
 SOURCE: Final = r"""
 #define SCATTER(NAME, UNIT)                                                                                          \
@@ -90,8 +88,8 @@ def _check(cache: DeviceArray, rows: DeviceArray, past_length: DeviceArray) -> N
     )
     if not fits or ITEM_BYTES[rows.dtype] not in (2, 4) or (past_length.shape, past_length.dtype) != ((1,), "int64"):
         raise ValueError(
-            f"cannot put rows {rows.shape} {rows.dtype} into a cache {cache.shape} {cache.dtype} at {past_length.shape} {past_length.dtype}: "
-            "expected [1, heads, S, d_h] and [1, heads, C, d_h] of one type of 2 or 4 bytes, and int64 [1]"
+            f"cannot put rows {rows.shape} {rows.dtype} into a cache {cache.shape} {cache.dtype} at {past_length.shape} "
+            f"{past_length.dtype}: expected [1, heads, S, d_h] and [1, heads, C, d_h] of one type of 2 or 4 bytes, and int64 [1]"
         )
 
 
@@ -106,7 +104,9 @@ def _load_nvrtc() -> Any:
         nvrtc.nvrtcVersion()
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or ["?"])[0][:160]
-        raise EngineError(f"this bundle's caches are written by a kernel that NVRTC compiles, and NVRTC is missing: {INSTALL} [{reason}]") from error
+        raise EngineError(
+            f"this bundle's caches are written by a kernel that NVRTC compiles, and NVRTC is missing: {INSTALL} [{reason}]"
+        ) from error
     return nvrtc
 
 
@@ -120,7 +120,9 @@ def compile_for(nvrtc: Any, capability: int) -> bytes:
     version = ".".join(map(str, _call(nvrtc, "nvrtcVersion")))
     known = _call(nvrtc, "nvrtcGetSupportedArchs")[0]
     if capability not in known:
-        raise EngineError(f"NVRTC {version} compiles for SM{min(known)} to SM{max(known)}, this GPU is SM{capability}: install another, {INSTALL}")
+        raise EngineError(
+            f"NVRTC {version} compiles for SM{min(known)} to SM{max(known)}, this GPU is SM{capability}: install a newer one, {INSTALL}"
+        )
     (program,) = _call(nvrtc, "nvrtcCreateProgram", SOURCE.encode(), b"scatter.cu", 0, None, None)
     try:
         options = [b"--gpu-architecture=sm_%d" % capability]
@@ -129,7 +131,9 @@ def compile_for(nvrtc: Any, capability: int) -> bytes:
             log = bytearray(_call(nvrtc, "nvrtcGetProgramLogSize", program)[0])
             text = bytes(log)
             _call(nvrtc, "nvrtcGetProgramLog", program, text)  # writes into it
-            raise EngineError(f"NVRTC {version} cannot compile the cache's kernel: {text.decode(errors='replace').strip()[:300]}; report this")
+            raise EngineError(
+                f"NVRTC {version} cannot compile the cache's kernel: {text.decode(errors='replace').strip()[:300]}; report this"
+            )
         image = bytes(_call(nvrtc, "nvrtcGetCUBINSize", program)[0])
         _call(nvrtc, "nvrtcGetCUBIN", program, image)  # writes into it, as the bindings want it
     finally:

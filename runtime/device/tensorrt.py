@@ -1,9 +1,9 @@
-"""Compiled engines of a bundle onto a CUDA device, with `tensorrt` (10.3, 10.16, 11) or `tensorrt_rtx`; they run one after the other on its stream.
+"""Loads a bundle's compiled engines onto a CUDA device, with `tensorrt` (10.3, 10.16, 11) or `tensorrt_rtx`.
 
-All execution contexts share one buffer for activations, as large as the neediest one's, since no two of them run at once. Loading runs every
-profile once with its smallest shapes: a context initialises in its first run, which a recording could not hold (and TensorRT for RTX
-compiles its kernels there, which a file keeps: `runtime_cache`). Before recording a run of other shapes, run them once: the library sets up
-for new shapes in the first run that has them. What differs between the libraries is probed with `hasattr`.
+Engines run one after the other on the device's stream, so all execution contexts share one buffer for activations, as large as the
+neediest one's. Loading runs every profile once with its smallest shapes: a context initialises in its first run, which a recording could
+not hold (and TensorRT for RTX compiles its kernels there, which a file keeps: `runtime_cache`). Before recording a run of other shapes, run
+them once: the library sets up for new shapes in the first run that has them. What differs between the libraries is probed with `hasattr`.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ def _listed(manifest: Manifest, library: str, version: str, bundle: Path) -> lis
     for info in infos:
         if info.library_version != version:
             raise EngineError(
-                f"the engine of {info.graph} was built by {library} {info.library_version}, here is {version}, and engines run with the version "
-                f"that built them: build them here, {COMPILE} {bundle} --library {library}, or install {library} {info.library_version}"
+                f"the engine of {info.graph} was built by {library} {info.library_version}, here is {version}, and engines run with the "
+                f"version that built them: build them here, {COMPILE} {bundle} --library {library}, or install "
+                f"{library} {info.library_version}"
             )
     return infos
 
@@ -145,12 +146,12 @@ class _Loader:
             return self._module.Runtime(self._logger)
         except TypeError as error:  # what the bindings make of a null pointer
             raise EngineError(
-                f"{self._module.__name__} {self._module.__version__} cannot start on this machine: {self._log.failure}; it needs a GPU and a driver "
-                "of its CUDA version"
+                f"{self._module.__name__} {self._module.__version__} cannot start on this machine: {self._log.failure}; it needs a GPU and "
+                "a driver of its CUDA version"
             ) from error
 
     def _deserialize(self, path: Path) -> Any:
-        """The engine in a file, or None. The file is mapped, not read: its pages need no memory of their own, in any version of the library.
+        """The engine in a file, or None. The file is mapped, not read: its pages need no memory of their own, with any of the libraries.
 
         (A stream reader would read into memory piece by piece; the library's documentation promises no gain from one in Python.)
         """

@@ -178,8 +178,8 @@ def check_tensors(info: EngineInfo, graph: GraphInfo, library: Any, engine: Any)
         found[name] = (mode == library.TensorIOMode.INPUT, _dtype(library, dtype), _fixed(engine.get_tensor_shape(name)))
         if engine.get_tensor_location(name) != library.TensorLocation.DEVICE or engine.is_shape_inference_io(name):
             raise EngineError(
-                f"the engine of {info.graph} wants {name} in host memory, since a shape depends on its value; this runtime gives every tensor "
-                "in device memory: export the bundle again, with this version, and compile it"
+                f"the engine of {info.graph} wants {name} in host memory, since a shape depends on its value; this runtime gives "
+                "every tensor in device memory: export the bundle again, with this version, and compile it"
             )
     listed = {
         tensor.name: (is_input, tensor.dtype, _fixed(tensor.shape))
@@ -189,7 +189,9 @@ def check_tensors(info: EngineInfo, graph: GraphInfo, library: Any, engine: Any)
     wrong = sorted(name for name in found.keys() | listed.keys() if not _fits(found.get(name), listed.get(name)))
     if wrong or (info.profiles and engine.num_optimization_profiles != len(info.profiles)):
         what = f"{wrong[0]!r}" if wrong else f"the number of profiles ({engine.num_optimization_profiles}, not {len(info.profiles)})"
-        raise EngineError(f"the engine of {info.graph} and the manifest differ in {what}: compile the bundle again, python -m runtime.compile")
+        raise EngineError(
+            f"the engine of {info.graph} and the manifest differ in {what}: compile the bundle again, python -m runtime.compile"
+        )
 
 
 _Described = tuple[bool, str, tuple[int, ...]]

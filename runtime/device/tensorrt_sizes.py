@@ -35,7 +35,9 @@ class Sizes:
                 if isinstance(size, str):
                     self._where.setdefault(size, (tensor.name, axis))
         if self._where and not info.profiles:
-            raise EngineError(f"{info.graph} has sizes that vary and its engine no profile: compile the bundle again, python -m runtime.compile")
+            raise EngineError(
+                f"{info.graph} has sizes that vary and its engine no profile: compile the bundle again, python -m runtime.compile"
+            )
         self._names = tuple(profile.name for profile in info.profiles)
         self._ranges = tuple(self._of(profile) for profile in info.profiles) or ({},)
         self._order = sorted(range(len(self._ranges)), key=lambda i: sorted(high for _, high in self._ranges[i].values()))

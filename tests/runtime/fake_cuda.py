@@ -1,7 +1,7 @@
 """A GPU without a GPU: `cuda.bindings` limited to the names that the real package has, whose device memory is host memory.
 
-Work is put off until something waits for the stream, as on a GPU: who reads too early, or changes a source too soon, gets other bytes. Kernels
-are compiled by the machine's own C++ compiler and run thread after thread.
+Work is put off until something waits for the stream, as on a GPU: who reads too early, or changes a source too soon, gets other bytes.
+Kernels are compiled by the machine's own C++ compiler and run thread after thread.
 """
 
 from __future__ import annotations
@@ -51,21 +51,29 @@ class FakeGpu:
 
     def __init__(self, version: str = "13.5.0", **facts: Any) -> None:
         self.names = recorded()[version]
-        self.facts = {"name": b"Fake GPU", "major": 8, "minor": 9, "total": 1 << 30, "count": 1, "cuda": 12060, "integrated": 0} | facts
+        self.facts: dict[str, Any] = {
+            "name": b"Fake GPU",
+            "major": 8,
+            "minor": 9,
+            "total": 1 << 30,
+            "count": 1,
+            "cuda": 12060,
+            "integrated": 0,
+        } | facts
         self.memory: dict[int, tuple[Any, int]] = {}
         self.host: dict[int, Any] = {}
-        self.pending: list[Callable[[], None]] = []
-        self.capturing: list[Callable[[], None]] | None = None
+        self.pending: list[Callable[[], object]] = []
+        self.capturing: list[Callable[[], object]] | None = None
         self.calls: dict[str, int] = {}
         self.contexts = threading.local()
         self.retained = 0
         self.failing: dict[str, str] = {}  # function -> error
-        self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.enumerations = {name: IntEnum(name, members) for name, members in self.names["enumerations"].items()}  # type: ignore[misc]
+        self.graphs: dict[int, list[Callable[[], object]]] = {}
+        self.enumerations: dict[str, Any] = {name: IntEnum(name, members) for name, members in self.names["enumerations"].items()}
 
     # ---------------------------------------------------------------- for fakes of engine libraries
 
-    def enqueue(self, work: Callable[[], None]) -> None:
+    def enqueue(self, work: Callable[[], object]) -> None:
         """What any library does with the stream."""
         (self.pending if self.capturing is None else self.capturing).append(work)
 
@@ -225,7 +233,7 @@ class _Driver:
         del self.gpu.memory[address]
 
     def cuMemsetD8Async(self, address: int, value: int, nbytes: int, stream: Any) -> None:
-        self.gpu.enqueue(lambda: ctypes.memset(self.gpu.view(address, nbytes), value, nbytes) and None)
+        self.gpu.enqueue(lambda: ctypes.memset(self.gpu.view(address, nbytes), value, nbytes))
 
     def cuMemHostAlloc(self, nbytes: int, flags: int) -> int:
         block = (ctypes.c_uint8 * nbytes)()
@@ -238,13 +246,13 @@ class _Driver:
         del self.gpu.host[pointer]
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, nbytes: int, stream: Any) -> None:
-        self.gpu.enqueue(lambda: ctypes.memmove(self.gpu.view(target, nbytes), source, nbytes) and None)
+        self.gpu.enqueue(lambda: ctypes.memmove(self.gpu.view(target, nbytes), source, nbytes))
 
     def cuMemcpyDtoHAsync(self, target: int, source: int, nbytes: int, stream: Any) -> None:
-        self.gpu.enqueue(lambda: ctypes.memmove(target, self.gpu.view(source, nbytes), nbytes) and None)
+        self.gpu.enqueue(lambda: ctypes.memmove(target, self.gpu.view(source, nbytes), nbytes))
 
     def cuMemcpyDtoDAsync(self, target: int, source: int, nbytes: int, stream: Any) -> None:
-        self.gpu.enqueue(lambda: ctypes.memmove(self.gpu.view(target, nbytes), self.gpu.view(source, nbytes), nbytes) and None)
+        self.gpu.enqueue(lambda: ctypes.memmove(self.gpu.view(target, nbytes), self.gpu.view(source, nbytes), nbytes))
 
     def cuMemGetInfo(self) -> tuple[int, int]:
         total = self.gpu.facts["total"]
@@ -289,7 +297,7 @@ class _Driver:
         grid, block, (values, kinds), extra = args[:3], args[3:6], args[8], args[9]
         assert (grid[1:], block[1:], args[6], extra) == ((1, 1), (1, 1), 0, 0)
         arguments = [kind(value) for kind, value in zip(kinds, values, strict=True)]
-        self.gpu.enqueue(lambda: function(ctypes.c_uint(grid[0]), ctypes.c_uint(block[0]), *arguments) and None)
+        self.gpu.enqueue(lambda: function(ctypes.c_uint(grid[0]), ctypes.c_uint(block[0]), *arguments))
 
 
 @functools.cache
@@ -345,5 +353,3 @@ def _write(target: bytes, data: bytes) -> None:
     """Writes into a bytes object, as the bindings do."""
     start = id(target) + bytes.__basicsize__ - 1
     ctypes.memmove(start, data, min(len(data), len(target)))
-
-
