@@ -391,7 +391,7 @@ def test_a_gpu_that_nvrtc_does_not_know_is_told(monkeypatch: pytest.MonkeyPatch)
     use(monkeypatch, major=12, minor=1)
     device = CudaDevice()
     cache = put(device, np.zeros((1, 1, 4, 8), np.float16))
-    with pytest.raises(EngineError, match=r"NVRTC 12\.9 compiles for SM75 to SM90, this GPU is SM121: install another"):
+    with pytest.raises(EngineError, match=r"NVRTC 12\.9 compiles for SM75 to SM90, this GPU is SM121: install a newer one"):
         device.scatter_rows(cache, cache, put(device, np.array([0])))
 
 
