@@ -25,11 +25,12 @@ class TensorRTEngine(DeviceEngine):
     """One graph's engine with a context for each of its profiles. Made by `tensorrt.load_engines`; closed with its device.
 
     Attributes:
-        capturable: its runs can be recorded.
+        capturable: its runs can be recorded; `uncapturable`: why not, and so None.
         needed_bytes: activation memory of its neediest profile.
     """
 
     capturable: Final = True
+    uncapturable: str | None = None
 
     def __init__(self, info: EngineInfo, graph: GraphInfo, library: Any, engine: Any, device: CudaDevice, log: BuildLog) -> None:
         self.name = info.graph

@@ -296,6 +296,9 @@ class _Driver:
     def cuLaunchKernel(self, function: Any, *args: Any) -> None:
         grid, block, (values, kinds), extra = args[:3], args[3:6], args[8], args[9]
         assert (grid[1:], block[1:], args[6], extra) == ((1, 1), (1, 1), 0, 0)
+        unit = int(function.__name__.rpartition("_")[2])
+        assert not values[0] % unit, "a GPU refuses such an address"
+        assert not values[1] % unit, "a GPU refuses such an address"
         arguments = [kind(value) for kind, value in zip(kinds, values, strict=True)]
         self.gpu.enqueue(lambda: function(ctypes.c_uint(grid[0]), ctypes.c_uint(block[0]), *arguments))
 

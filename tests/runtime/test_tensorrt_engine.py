@@ -296,6 +296,33 @@ def test_arrays_that_do_not_fit_are_refused_and_the_engine_goes_on(
     assert setup.read(placed[names.HIDDEN_STATES]).any()
 
 
+def test_outputs_of_the_run_before_are_refused_for_other_inputs(make: Callable[..., Setup]) -> None:
+    setup = make(OLD)
+    engine = setup.load()["pre_ecl"]
+    one, _ = setup.arrays("pre_ecl", {"sequence": 1})
+    three, _ = setup.arrays("pre_ecl", {"sequence": 3})
+    engine.enqueue(one)
+    inputs = {tensor.name for tensor in setup.manifest.graphs["pre_ecl"].inputs}
+    with pytest.raises(EngineError, match=r"writes hidden_states in the shape \(1, 3, 64\), the array that was given has \(1, 1, 64\)"):
+        engine.enqueue({name: (three if name in inputs else one)[name] for name in one})
+    engine.enqueue(three)
+
+
+def test_everything_is_told_anew_after_a_refusal(make: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape that was told before the refusal must not stay."""
+    setup = make(OLD)
+    engine = setup.load()["pre_ecl"]
+    one, _ = setup.arrays("pre_ecl", {"sequence": 1})
+    three, _ = setup.arrays("pre_ecl", {"sequence": 3})
+    engine.enqueue(one)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine._lanes[2].context), "set_tensor_address", lambda *_: False)
+        with pytest.raises(EngineError, match="the address of inputs_embeds was refused"):
+            engine.enqueue(three)
+    engine.enqueue(one)
+    setup.device.synchronize()
+
+
 def test_a_cache_that_must_be_written_in_place_is_checked(make: Callable[..., Setup]) -> None:
     setup = make(RTX, in_place=True)
     engine = setup.load()["pre_ecl"]
