@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import names
+from runtime.device.readiness import Readiness, readiness
 from runtime.errors import BundleError, StorageError
 from runtime.flops import COUNTED_TEXT_TOKENS, HEAD, decoder_flops
 from runtime.machine import installed
@@ -125,6 +126,7 @@ class Inspection:
     flops: tuple[FlopsColumn, ...]
     verification: Verification
     engine_version: str | None
+    backends: tuple[Readiness, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -147,6 +149,7 @@ def inspect_bundle(bundle: Path, *, hashes: bool = True) -> Inspection:
         budgets=tuple(Budget(keep, (k * n + (g.layers - k) * min(keep, n)) / g.layers) for keep in manifest.budgets),
         memory=tuple(MemoryNeed.of(manifest, keep) for keep in settings),
         flops=_flops(manifest, settings), verification=_verification(bundle, manifest, engine), engine_version=engine,
+        backends=readiness(manifest),
     )  # fmt: skip
 
 
