@@ -10,126 +10,21 @@ The bundle is written beside its place and moved there whole: a failed build lea
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.command_line import CommandParser, run_command
 
 if TYPE_CHECKING:
-    from export.graphs.builder import GraphBuilder
     from export.plan import BuildOptions, BuildPlan
-    from runtime.manifest import FileInfo, GraphInfo, Manifest
+    from runtime.manifest import Manifest
 
-EMBEDDING_FILE = "embed_tokens.fp32.bin"
-WEIGHTS_FILE = "weights.{precision}.bin"
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"  # engines, as configs/targets call them
 Progress = Callable[[int], None]
-
-
-@dataclass(slots=True)
-class _Writer:
-    """Writes one bundle's files into a directory and remembers their hashes."""
-
-    plan: BuildPlan
-    directory: Path
-    progress: Progress
-    graphs: dict[str, GraphInfo] = field(default_factory=dict)
-    files: dict[str, FileInfo] = field(default_factory=dict)
-
-    def write(self) -> Manifest:
-        self._text_files()
-        self._embedding()
-        self._weight_graphs()
-        self._score_graphs()
-        return self._manifest()
-
-    def _embedding(self) -> None:
-        from export.weights import WeightFile
-
-        with WeightFile(self.directory / EMBEDDING_FILE, self.progress) as file:
-            file.add("embed_tokens.weight", self.plan.weights.read("embed_tokens.weight"))
-        self.files[EMBEDDING_FILE] = file.info()
-
-    def _weight_graphs(self) -> None:
-        from export.graphs.clip import build_clip_vision
-        from export.graphs.decoder import build_decoder_half, post_ecl, pre_ecl
-        from export.spec import GRAPH_DTYPES
-        from export.weights import WeightFile
-        from runtime import names
-
-        plan, read, dtype = self.plan, self.plan.weights.read, GRAPH_DTYPES[self.plan.precision]
-        layers = plan.spec.decoder.layers
-        halves = (
-            pre_ecl(plan.split_layer, dtype=dtype, debug=plan.debug),
-            post_ecl(plan.split_layer, layers, dtype=dtype, debug=plan.debug),
-        )
-        with WeightFile(self.directory / WEIGHTS_FILE.format(precision=plan.precision), self.progress) as file:
-            self._graph(names.VISION, build_clip_vision(plan.spec.vision, read, file, dtype))
-            for half in halves:
-                self._graph(half.name, build_decoder_half(plan.spec.decoder, half, read, file, plan.max_context))
-        self.files[file.path.name] = file.info()
-
-    def _score_graphs(self) -> None:
-        from export.graphs.score import ScoreSpec, build_score
-        from export.spec import GRAPH_DTYPES
-        from runtime.names import score_graph
-
-        decoder = self.plan.spec.decoder
-        for keep in self.plan.budgets:
-            spec = ScoreSpec(
-                heads=decoder.query_heads, head_size=decoder.head_size, hidden_size=decoder.hidden_size, position_rows=1, keep=keep,
-                mode=self.plan.score_mode, grid_width=self.plan.spec.vision.grid, visual_tokens=None,
-                dtype=GRAPH_DTYPES[self.plan.precision],
-            )  # fmt: skip
-            self._graph(score_graph(keep), build_score(spec))
-
-    def _graph(self, name: str, builder: GraphBuilder) -> None:
-        from runtime.manifest import GraphInfo
-
-        path = self.directory / f"{name}.onnx"
-        builder.save(path)
-        self._file(path.name)
-        self.graphs[name] = GraphInfo(path.name, builder.inputs, builder.outputs)
-
-    def _text_files(self) -> None:
-        from export.text_files import bundle_text_files
-
-        for name, text in bundle_text_files(self.plan).items():
-            (self.directory / name).write_text(text, encoding="utf-8")
-            self._file(name)
-
-    def _file(self, name: str) -> None:
-        from runtime.manifest import FileInfo, sha256_of
-
-        path = self.directory / name
-        self.files[name] = FileInfo(path.stat().st_size, sha256_of(path))
-
-    def _manifest(self) -> Manifest:
-        from export import TOOL_VERSION
-        from export.report import stage_flops
-        from runtime.manifest import Geometry, Manifest, Source, schema_for
-
-        plan, d = self.plan, self.plan.spec.decoder
-        flops = stage_flops(plan, self.directory, self.graphs)
-        return Manifest(
-            schema_version=schema_for(plan.auto_keep, plan.memory), tool_version=TOOL_VERSION,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            family=plan.model.family, model=plan.model.name, target=plan.target.name, precision=plan.precision,
-            source=Source(plan.checkpoint.name, plan.checkpoint.revision),
-            geometry=Geometry(
-                layers=d.layers, hidden_size=d.hidden_size, query_heads=d.query_heads, kv_heads=d.kv_heads, head_size=d.head_size,
-                vocab_size=d.vocab_size, position_rows=1, visual_tokens=plan.visual_tokens,
-            ),
-            split_layer=plan.split_layer, score_mode=plan.score_mode, budgets=plan.budgets, max_context=plan.max_context,
-            image_token=plan.checkpoint.image_token(plan.spec.image_token_id), image_token_id=plan.spec.image_token_id,
-            embedding=EMBEDDING_FILE, graphs=self.graphs, files=self.files, flops=flops, memory=plan.memory, auto_keep=plan.auto_keep,
-        )  # fmt: skip
 
 
 def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None) -> Manifest:
@@ -145,11 +40,12 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
     """
     from export.report import make_report
     from export.staging import staged
+    from export.writer import BundleWriter
     from runtime.names import MANIFEST_FILE, REPORT_FILE
 
     check_buildable(plan)
     with staged(output) as directory:
-        manifest = _Writer(plan, directory, progress or (lambda _: None)).write()
+        manifest = BundleWriter(plan, directory, progress or (lambda _: None)).write()
         (directory / REPORT_FILE).write_text(json.dumps(make_report(plan, manifest), indent=2) + "\n", encoding="utf-8")
         (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -17,8 +17,9 @@ from export.memory_plan import MemoryRequest, plan_memory
 from export.spec import ModelSpec
 from export.targets import TargetConfig
 from runtime.errors import UsageError
+from runtime.kv_cache import round_capacity
 from runtime.memory_plan import MemoryPlan
-from runtime.names import SCORE_MODES
+from runtime.names import SCORE_MODES, TENSOR_SCATTER
 
 BUDGET_OPTIONS = ("keep", "avg_keep", "keep_percent")
 MIN_SCORED_HEADS = 3  # centring over heads leaves rank H - 1: with 2 heads every token's entropy is 0
@@ -66,8 +67,19 @@ class Origins:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetPlan:
+    """One more target of a build, and the precision of its weights."""
+
+    target: TargetConfig
+    precision: str
+
+
+@dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """Everything settled: `budgets` are keep counts, the default first; `split_layer` is K; `auto_keep` is the manifest's."""
+    """Everything settled: `budgets` are keep counts, the default first; `split_layer` is K; `auto_keep` is the manifest's.
+
+    `target` and `precision` are those of the first target, `others` those of the rest; `each` gives a plan for every one of them.
+    """
 
     model: ModelConfig
     target: TargetConfig
@@ -83,6 +95,12 @@ class BuildPlan:
     debug: bool = False
     calibration: PlanFile | None = None
     auto_keep: float | None = None
+    others: tuple[TargetPlan, ...] = ()
+
+    def each(self) -> tuple[BuildPlan, ...]:
+        """The plan of each target alone, in their order."""
+        targets = (TargetPlan(self.target, self.precision), *self.others)
+        return tuple(dataclasses.replace(self, target=one.target, precision=one.precision, others=()) for one in targets)
 
     @property
     def visual_tokens(self) -> int:
@@ -92,6 +110,16 @@ class BuildPlan:
     def average_keep(self, keep: int) -> float:
         """The paper's average over layers that a keep count means."""
         return average_from_keep(keep, visual_tokens=self.visual_tokens, split_layer=self.split_layer, layers=self.spec.decoder.layers)
+
+    @property
+    def kv_write(self) -> str:
+        """How the graphs write the cache."""
+        return self.target.kv_write
+
+    @property
+    def capacity(self) -> int | None:
+        """The caches' length C in the graphs of both halves; None where any length goes."""
+        return round_capacity(self.max_context) if self.kv_write == TENSOR_SCATTER else None
 
     @property
     def memory_request(self) -> MemoryRequest:

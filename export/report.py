@@ -32,7 +32,8 @@ def stage_flops(plan: BuildPlan, directory: Path, graphs: Mapping[str, GraphInfo
     n, d = plan.visual_tokens, plan.spec.decoder
 
     def half(name: str, tokens: int) -> int:
-        return count_flops(directory / graphs[name].file, {"sequence": tokens, "capacity": tokens}).matmul
+        cached = 0 if plan.kv_write == names.APPEND else tokens  # attention then runs over the cache and the new rows
+        return count_flops(directory / graphs[name].file, {"sequence": tokens, "capacity": cached}).matmul
 
     head = 2 * d.hidden_size * d.vocab_size * ((TEXT_TOKENS + n + 1) if plan.debug else 1)
     flops: dict[str, float] = {

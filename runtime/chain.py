@@ -18,7 +18,7 @@ from runtime.engines.base import Engine
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import BundleError
 from runtime.generation import Stopwatch
-from runtime.kv_cache import KVGroup
+from runtime.kv_cache import KVGroup, round_capacity
 from runtime.manifest import Manifest
 
 Select = Callable[[ImageGroup], np.ndarray]  # replaces the score in parity tests: a group's kept indices, ascending
@@ -42,6 +42,8 @@ class EngineChain:
     def new_conversation(self, tokens: int, kept_tokens: int) -> Conversation:
         """Empty caches with room for `tokens` before the split and `kept_tokens` after it (they grow when they must)."""
         g, k, limit = self.manifest.geometry, self.manifest.split_layer, self.manifest.max_context
+        if self.manifest.kv_write == names.TENSOR_SCATTER:
+            tokens = kept_tokens = limit  # the graphs take caches of this length alone
         pre = KVGroup(range(k), g.kv_heads, g.head_size, tokens, limit, self._dtype)
         post = KVGroup(range(k, g.layers), g.kv_heads, g.head_size, kept_tokens, limit, self._dtype)
         return Conversation(pre, post)
@@ -208,6 +210,13 @@ def _check_tables(manifest: Manifest) -> None:
             raise BundleError(
                 f"{name}'s caches are not those of layers {layers[0]} to {layers[-1]} with {g.kv_heads} key-value heads of {g.head_size}: "
                 "export the bundle again"
+            )
+        lengths = {tensor.shape[2] for tensor in manifest.graphs[name].inputs if tensor.name.startswith(names.PAST)}
+        static = round_capacity(manifest.max_context) if manifest.kv_write == names.TENSOR_SCATTER else None
+        if any(length != static if isinstance(length, int) else static is not None for length in lengths):
+            raise BundleError(
+                f"{name}'s caches have the length {', '.join(map(str, lengths))}, and kv_write {manifest.kv_write} with a context of "
+                f"{manifest.max_context} means {static or 'any'}: export the bundle again"
             )
     for keep in manifest.budgets:
         shapes = {t.name: t.shape for t in manifest.graphs[names.score_graph(keep)].outputs}

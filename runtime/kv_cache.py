@@ -29,7 +29,7 @@ class KVGroup:
         self.length = 0
         self.limit = limit
         self.generation = 0
-        capacity = min(_round_up(capacity), _round_up(limit))
+        capacity = min(round_capacity(capacity), round_capacity(limit))
         shape = (1, kv_heads, capacity, head_size)
         self.buffers = {name: np.zeros(shape, dtype) for i in self.layers for name in (names.past_key(i), names.past_value(i))}
 
@@ -56,7 +56,7 @@ class KVGroup:
             )
         if needed <= self.capacity:
             return
-        capacity = min(max(2 * self.capacity, _round_up(needed)), _round_up(self.limit))
+        capacity = min(max(2 * self.capacity, round_capacity(needed)), round_capacity(self.limit))
         for name, old in self.buffers.items():
             new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
             new[:, :, : self.length] = old[:, :, : self.length]
@@ -87,5 +87,6 @@ class KVGroup:
         return keys[0, :, : self.length], values[0, :, : self.length]
 
 
-def _round_up(rows: int) -> int:
+def round_capacity(rows: int) -> int:
+    """The capacity of a cache that holds `rows` tokens."""
     return -(-rows // ROUND_TO) * ROUND_TO
