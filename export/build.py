@@ -2,6 +2,7 @@
 
     python -m export.build --model tiny-llava --target cpu
     python -m export.build --model llava15 --target cpu --checkpoint DIR --keep 166 --split-layer 2
+    python -m export.build --model tiny-llava --target cpu,rtx          # one bundle for both
     python -m export.build --list-targets
 
 The bundle is written beside its place and moved there whole: a failed build leaves an earlier bundle as it was.
@@ -53,6 +54,11 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
 
 def obstacles(plan: BuildPlan) -> list[str]:
     """Why a plan cannot be built, a line each: its target's memory, and what is not implemented yet. The only place that says so."""
+    return list(dict.fromkeys(line for one in plan.each() for line in _obstacles(one)))
+
+
+def _obstacles(plan: BuildPlan) -> list[str]:
+    """The same for a plan's first target."""
     from export.memory_plan import misfit
     from export.spec import GRAPH_DTYPES
 
@@ -72,19 +78,24 @@ def obstacles(plan: BuildPlan) -> list[str]:
 
 
 def compile_engines(plan: BuildPlan, output: Path) -> int:
-    """What is left to do for a target's engines after its bundle is written: RTX engines are built here, a Jetson's on the device.
+    """What is left to do for the targets' engines after a bundle is written: RTX engines are built here, a Jetson's on the device.
 
     Returns:
         The exit status. Where engines could not be built, the bundle stays as it is, and `runtime.compile` says why.
     """
-    if plan.target.engine == TENSORRT_RTX:
-        from runtime import compile as compile_command
+    from runtime import compile as compile_command
 
-        capabilities = ",".join(text.replace(".", "") for text in plan.target.compute_capabilities)
-        return compile_command.main([str(output), "--library", "tensorrt_rtx", "--capability", capabilities])
-    if plan.target.engine == TENSORRT:
-        print(f"engines are built on the device: copy {output} there, then run\n  python3 -m runtime.compile {output.name}")
-    return 0
+    status = 0
+    for one in plan.each():
+        target = one.target
+        if target.engine == TENSORRT_RTX:
+            capabilities = ",".join(text.replace(".", "") for text in target.compute_capabilities)
+            argv = [str(output), "--library", "tensorrt_rtx", "--target", target.name, "--capability", capabilities]
+            status = max(status, compile_command.main(argv))
+        elif target.engine == TENSORRT:
+            which = f" --target {target.name}" if plan.others else ""
+            print(f"engines are built on the device: copy {output} there, then run\n  python3 -m runtime.compile {output.name}{which}")
+    return status
 
 
 def check_buildable(plan: BuildPlan) -> None:
@@ -113,7 +124,7 @@ class _ListTargets(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m export.build", description="Export a multimodal LLM, split at its entropy collapse layer.")
     parser.add_argument("--model", required=True, help="a model of configs/models, e.g. tiny-llava or llava15")
-    parser.add_argument("--target", default="cpu", help="a target of configs/targets (default: cpu)")
+    parser.add_argument("--target", default="cpu", metavar="T[,T...]", help="targets of configs/targets, in one bundle (default: cpu)")
     parser.add_argument("--list-targets", action=_ListTargets, nargs=0, help="print the targets, with chip, memory and precisions, and end")
     parser.add_argument("--device-memory", metavar="SIZE", help="the target's memory, such as 12GB, where a target is a family of cards")
     parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="Hugging Face checkpoint directory, or an id in the local cache")
@@ -129,9 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--plan", metavar="FILE", help="a calibration's plan.json: split layer, budgets and score mode, where no option gives them"
     )
     parser.add_argument("--score-mode", help="trace, row, raw, dpp; controls: random, energy-high, energy-low, uniform")
-    parser.add_argument("--precision", help="of the weights (default: the target's)")
+    parser.add_argument("--precision", metavar="P[,P...]", help="of the weights, one for all or for each target (default: the target's)")
     parser.add_argument("--max-context", type=int, metavar="C", help="largest prompt + answer in tokens (default: the model's)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the bundle (default: bundles/MODEL-TARGET)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the bundle (default: bundles/MODEL-TARGETS)")
     parser.add_argument("--debug-outputs", action="store_true", help="graphs with every layer's hidden states and all rows' logits")
     parser.add_argument("--dry-run", action="store_true", help="print plan and sizes, write nothing")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is the report as one JSON object")
@@ -175,10 +186,10 @@ def _run(args: argparse.Namespace) -> int:
         print("\n".join([*obstacles(plan), "dry run: nothing was written"]))
         return 0
     check_buildable(plan)
-    if plan.target.engine == TENSORRT_RTX:
+    if any(one.target.engine == TENSORRT_RTX for one in plan.each()):
         load_library("tensorrt_rtx")  # a missing one is told before anything is written
     _check_space(plan, output)
-    total = plan.weights.bytes_to_write()
+    total = plan.bytes_to_write
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None, file=sys.stderr) as bar:
         manifest = build_bundle(plan, output, bar.update)
     report = make_report(plan, manifest)
@@ -190,12 +201,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_space(plan: BuildPlan, output: Path) -> None:
+    from export.memory_plan import stored_bytes
     from runtime.errors import StorageError
 
     parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
-    free, needed = shutil.disk_usage(parent).free, plan.weights.bytes_to_write()
-    if plan.target.engine == TENSORRT_RTX:  # its engines hold the weights once more
-        needed *= 2
+    free, needed = shutil.disk_usage(parent).free, plan.bytes_to_write
+    for one in plan.each():
+        if one.target.engine == TENSORRT_RTX:  # its engines hold the weights once more
+            needed += stored_bytes(one.spec, one.precision)
     if free < needed * 1.02:
         raise StorageError(
             f"{parent} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB: free some space or choose another --output"

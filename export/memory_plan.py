@@ -68,7 +68,9 @@ class MemoryRequest:
 
     @property
     def kept_context(self) -> int:
-        """Rows of the cache after the split: the context less what one image loses."""
+        """Rows of the cache after the split: the context less what one image loses, or all of it where engines take one length alone."""
+        if self.target.kv_write != names.IN_PLACE:
+            return self.max_context
         return max(1, self.max_context - (self.spec.vision.visual_tokens - self.keep))
 
 
@@ -88,7 +90,7 @@ def plan_memory(request: MemoryRequest) -> MemoryPlan:
     if target.engine in ENGINE_PROCESS:
         items.append(MemoryItem(CONTEXT, ENGINE_PROCESS[target.engine], DEVICE, ASSUMED))
     items += [
-        MemoryItem(TABLE, scheme.plain((decoder.vocab_size, decoder.hidden_size)), HOST, EXACT),
+        MemoryItem(TABLE, 4 * decoder.vocab_size * decoder.hidden_size, HOST, EXACT),
         MemoryItem(PROCESS, PYTHON_PROCESS, HOST, ASSUMED),
     ]
     largest_fp32 = max(4 * size for size in _sizes(spec).values())

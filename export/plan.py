@@ -11,10 +11,12 @@ from export import calibration_plan
 from export.budget import average_from_keep, check_auto_keep, check_keep, check_split, keep_from_average, keep_from_percent
 from export.calibration_plan import CalibrationPlan
 from export.checkpoint import Checkpoint
-from export.configs import ModelConfig, load_model_config, load_target_config
+from export.configs import ModelConfig, load_model_config
 from export.families import FamilyWeights, adapter_for
-from export.memory_plan import MemoryRequest, plan_memory
+from export.memory_plan import MemoryRequest, plan_memory, stored_bytes
+from export.precision import scheme_of
 from export.spec import ModelSpec
+from export.target_options import TargetPlan, settle_targets
 from export.targets import TargetConfig
 from runtime.errors import UsageError
 from runtime.kv_cache import round_capacity
@@ -29,7 +31,8 @@ MIN_SCORED_HEADS = 3  # centring over heads leaves rank H - 1: with 2 heads ever
 class BuildOptions:
     """The command line's wishes; None means what the plan says, else the default. At most one of the three budgets is given.
 
-    `plan` is the path of a calibration's plan.json; `device_memory` a size such as "12GB".
+    `target` may be several with commas, and `precision` one for each; `plan` is the path of a calibration's plan.json; `device_memory` a
+    size such as "12GB".
     """
 
     model: str
@@ -64,14 +67,6 @@ class Origins:
     split_layer: str
     budgets: str
     score_mode: str
-
-
-@dataclass(frozen=True, slots=True)
-class TargetPlan:
-    """One more target of a build, and the precision of its weights."""
-
-    target: TargetConfig
-    precision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +122,13 @@ class BuildPlan:
         return MemoryRequest(self.spec, self.target, self.precision, self.split_layer, max(self.budgets), self.max_context)
 
     @property
+    def bytes_to_write(self) -> int:
+        """Bytes of the token table and of all weights, once for each precision."""
+        table = self.spec.decoder.vocab_size * self.spec.decoder.hidden_size
+        precisions = dict.fromkeys(plan.precision for plan in self.each())
+        return 4 * table + sum(stored_bytes(self.spec, p) - table * scheme_of(p).plain_bytes for p in precisions)
+
+    @property
     def memory(self) -> MemoryPlan:
         """What the bundle will need of its target's memory."""
         return plan_memory(self.memory_request)
@@ -139,12 +141,10 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         UsageError: an option is unknown or out of range.
         CheckpointError: the checkpoint is missing, incomplete or not implemented.
     """
-    model, target = load_model_config(options.model), load_target_config(options.target)
+    model = load_model_config(options.model)
+    (first, *others) = settle_targets(options.target, options.precision, options.device_memory)
     if options.score_mode not in (None, *SCORE_MODES):
         raise UsageError(f"unknown --score-mode {options.score_mode!r}: choose one of {', '.join(SCORE_MODES)}")
-    if options.device_memory is not None:
-        target = target.with_memory(options.device_memory)
-    precision = choose_precision(options.precision, target)
     calibration = None if options.plan is None else _read_plan(Path(options.plan))
     checkpoint = Checkpoint.open(options.checkpoint or model.default_checkpoint())
     adapter = adapter_for(checkpoint.config, model.family)
@@ -163,23 +163,11 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         )
     budgets = choose_budgets(options, model, spec, split)
     return BuildPlan(
-        model=model, target=target, checkpoint=checkpoint, spec=spec, weights=weights, split_layer=split,
-        budgets=budgets, score_mode=score_mode, precision=precision,
+        model=model, target=first.target, checkpoint=checkpoint, spec=spec, weights=weights, split_layer=split,
+        budgets=budgets, score_mode=score_mode, precision=first.precision,
         max_context=choose_context(options, model, spec), origins=origins, debug=options.debug, calibration=calibration,
-        auto_keep=check_auto_keep(options.auto_keep, budgets=budgets, score_mode=score_mode),
+        auto_keep=check_auto_keep(options.auto_keep, budgets=budgets, score_mode=score_mode), others=tuple(others),
     )  # fmt: skip
-
-
-def choose_precision(wanted: str | None, target: TargetConfig) -> str:
-    """The precision asked for, or the target's default.
-
-    Raises:
-        UsageError: the target does not run it; the message lists what it runs.
-    """
-    precision = wanted or target.default_precision
-    if precision not in target.precisions:
-        raise UsageError(f"--precision {precision} is not offered for target {target.name}: choose one of {', '.join(target.precisions)}")
-    return precision
 
 
 def _read_plan(path: Path) -> PlanFile:
@@ -240,4 +228,4 @@ def choose_context(options: BuildOptions, model: ModelConfig, spec: ModelSpec) -
 
 def default_output(options: BuildOptions) -> Path:
     """Where a bundle goes without --output."""
-    return Path("bundles") / f"{options.model}-{options.target}"
+    return Path("bundles") / f"{options.model}-{options.target.replace(',', '-').replace(' ', '')}"
