@@ -22,10 +22,14 @@ from runtime.names import MANIFEST_FILE, REPORT_FILE, VERIFY_FILE
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What is written: its name in messages, and `own`, which names all that such a directory may hold (None: it is none)."""
+    """What is written: its name in messages, and `own`, which names all that such a directory may hold (None: it is none).
+
+    `option` is the one that names the directory.
+    """
 
     name: str
     own: Callable[[Path], set[str] | None]
+    option: str = "--output"
 
 
 def _bundle_files(directory: Path) -> set[str] | None:
@@ -59,9 +63,9 @@ def staged(output: Path, kind: Kind = BUNDLE) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise BundleExistsError(f"another build is writing {output}: wait for it, or choose another --output") from error
+        raise BundleExistsError(f"another build is writing {output}: wait for it, or choose another {kind.option}") from error
     except OSError as error:
-        raise storage_error(error, output) from error
+        raise storage_error(error, output, kind.option) from error
     try:
         recover(output, previous)
         remove(partial)
@@ -72,7 +76,7 @@ def staged(output: Path, kind: Kind = BUNDLE) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, (StorageError, BundleExistsError)):
             raise
-        raise storage_error(error, output) from error
+        raise storage_error(error, output, kind.option) from error
     finally:
         remove(partial)
         with suppress(OSError):  # while it is locked: later it could be the next build's
@@ -90,25 +94,25 @@ def check_destination(output: Path, kind: Kind = BUNDLE) -> None:
     try:
         found = {path.name for path in output.iterdir()} if output.is_dir() else None
     except OSError as error:
-        raise storage_error(error, output) from error
+        raise storage_error(error, output, kind.option) from error
     if found == set():
         return
     own = kind.own(output) if found else None
     if not found or own is None:
-        raise BundleExistsError(f"{output} exists and is not a {kind.name}; it is left alone: choose another --output")
+        raise BundleExistsError(f"{output} exists and is not a {kind.name}; it is left alone: choose another {kind.option}")
     foreign = sorted(found - own)
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise BundleExistsError(
             f"{output} holds {foreign[0]}{more}, which is not of the {kind.name}; it is left alone: "
-            "move it away, or choose another --output"
+            f"move it away, or choose another {kind.option}"
         )
 
 
-def storage_error(error: OSError, output: Path) -> StorageError:
+def storage_error(error: OSError, output: Path, option: str = "--output") -> StorageError:
     """A StorageError that says what to do about an operating-system error while writing `output`."""
     writable = dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG), "choose a writable --output"
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG), f"choose a writable {option}"
     )
     advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some of your quota", **writable}
     hint = advice.get(error.errno or 0, "check the disk")

@@ -2,6 +2,7 @@
 
     python -m export.verify bundles/tiny-llava-cpu
     python -m export.verify BUNDLE --checkpoint DIR --images DIR --selection-images 100
+    python -m export.verify BUNDLE --save-inputs DIR            # every graph's inputs and outputs, for Polygraphy on a device
 
 Prefill, every cache tensor, greedy decoding, the selection, and controls that must fail. Writes verify.json into the bundle.
 """
@@ -36,6 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="what the bundle was made from (default: its model's)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="images to compare with (default: seeded noise and gradients)")
     parser.add_argument("--selection-images", type=int, default=20, metavar="N", help="images for the selection's statistics")
+    parser.add_argument(
+        "--save-inputs", type=Path, metavar="DIR",
+        help="write every graph's inputs and expected outputs as Polygraphy's files, with the lines that compare them on a device",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the last line of stdout is the report as one JSON object")
     return parser
 
@@ -143,24 +148,20 @@ def synthetic_images(count: int, side: int) -> list[ImageSource]:
     return images
 
 
-def verify_targets(bundle: Path, checkpoint: str | None, images: Path | None, selection_images: int) -> dict[str, Any]:
-    """Compares every target's graphs that ONNX Runtime runs on a CPU; one report, its checks named by target where there are several.
-
-    Raises:
-        BundleError: none of them can run here.
+def verify_targets(
+    model: VisionLanguageModel, reference: EagerPrunedLlava, images: Sequence[ImageSource], selection_images: int = 20
+) -> dict[str, Any]:
+    """As `verify`, for the graphs of all of a bundle's targets that ONNX Runtime runs on a CPU: one report, its checks named by target
+    where there are several.
     """
-    from runtime.manifest import read_manifest
-    from runtime.pipeline import VisionLanguageModel, load
+    from runtime.pipeline import VisionLanguageModel
 
-    given = _folder_images(images) if images else None
-    first = load(bundle)
-    whole, reference = read_manifest(bundle), _reference(first, checkpoint)
-    given = given or synthetic_images(max(2, selection_images), reference.model.config.vision_config.image_size)
-    reports = {whole.target: verify(first, reference, given, selection_images)}
+    whole = model.manifest
+    reports = {whole.target: verify(model, reference, images, selection_images)}
     for target in whole.targets[1:]:
         variant = whole.variant(target)
         if variant.precision in ("fp32", "fp16"):
-            reports[target] = verify(VisionLanguageModel(bundle, variant), reference, given, selection_images)
+            reports[target] = verify(VisionLanguageModel(model.bundle, variant), reference, images, selection_images)
         else:
             print(f"target {target} was not compared: ONNX Runtime runs no {variant.precision} on a CPU", file=sys.stderr)
     return _merged(reports) if len(reports) > 1 else reports[whole.target]
@@ -218,16 +219,48 @@ def describe(report: dict[str, Any]) -> str:
 def _run(args: argparse.Namespace) -> int:
     from export.staging import storage_error
     from runtime.names import VERIFY_FILE
+    from runtime.pipeline import load
 
-    report = verify_targets(args.bundle, args.checkpoint, args.images, args.selection_images)
+    given = _folder_images(args.images) if args.images else None
+    if args.save_inputs is not None:
+        _check_save_inputs(args.save_inputs, args.bundle)
+    model = load(args.bundle)
+    reference = _reference(model, args.checkpoint)
+    images = given or synthetic_images(max(2, args.selection_images), reference.model.config.vision_config.image_size)
+    report = verify_targets(model, reference, images, args.selection_images)
     print(describe(report))
     try:
         (args.bundle / VERIFY_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise storage_error(error, args.bundle / VERIFY_FILE) from error
+    saved = args.save_inputs is None or _save_inputs(args.save_inputs, model, reference, images[0])
     if args.json:
         print(json.dumps(report))
-    return 0 if report["passed"] else FAILED
+    return 0 if report["passed"] and saved else FAILED
+
+
+def _check_save_inputs(directory: Path, bundle: Path) -> None:
+    """Says what is wrong with `--save-inputs` before time is spent on comparing."""
+    from export.saved_inputs import SAVED_INPUTS, check_savable
+    from export.staging import check_destination
+    from runtime.errors import UsageError
+    from runtime.manifest import read_manifest
+
+    check_savable(read_manifest(bundle))
+    if directory.resolve().is_relative_to(bundle.resolve()):
+        raise UsageError(f"--save-inputs {directory} is inside the bundle, which holds nothing but its own files: name another directory")
+    check_destination(directory, SAVED_INPUTS)
+
+
+def _save_inputs(directory: Path, model: VisionLanguageModel, reference: EagerPrunedLlava, image: ImageSource) -> bool:
+    """Saves one prompt's runs and prints what was written; whether the graphs, run here, are within all tolerances."""
+    from export.graph_runs import graph_runs
+    from export.saved_inputs import describe, save_runs
+
+    runs = graph_runs(model.bundle, model.manifest, _prompt(model, [image]), reference)
+    saved = save_runs(directory, model.bundle, model.manifest, runs)
+    print(describe(saved, directory))
+    return all(s.passed for s in saved)
 
 
 def _reference(model: VisionLanguageModel, checkpoint: str | None) -> EagerPrunedLlava:

@@ -13,7 +13,6 @@ from typing import Any
 from runtime import names
 from runtime.errors import BundleError, StorageError
 from runtime.flops import COUNTED_TEXT_TOKENS, HEAD, decoder_flops
-from runtime.kv_cache import round_capacity
 from runtime.machine import installed
 from runtime.manifest import Manifest, TensorInfo, check_file, read_manifest, sha256_of
 
@@ -74,7 +73,7 @@ class MemoryNeed:
         value = CACHE_BYTES[next(t.dtype for t in manifest.graphs[names.PRE_ECL].inputs if t.name.startswith(names.PAST))]
         kept = max(1, context - dropped)
         if manifest.kv_write != names.IN_PLACE:  # engines take caches of one length alone
-            context = kept = round_capacity(context)
+            context = kept = -(-context // names.ROUND_TO) * names.ROUND_TO
         pre = context * g.kv_bytes_per_token(k, value)
         post = kept * g.kv_bytes_per_token(g.layers - k, value)
         return cls(keep, weights, table, pre, post, weights + table + pre + post)

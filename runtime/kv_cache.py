@@ -14,7 +14,7 @@ import numpy as np
 from runtime import names
 from runtime.errors import ContextLengthError
 
-ROUND_TO = 64  # capacities are multiples of this: attention on a CPU costs by capacity, not by length
+ROUND_TO = names.ROUND_TO
 
 
 class KVGroup:

@@ -75,11 +75,11 @@ class Device(Protocol):
         ...
 
     def scatter_rows(self, cache: DeviceArray, rows: DeviceArray, past_length: DeviceArray) -> None:
-        """Puts rows [1, heads, S, d_h] into a cache [1, heads, C, d_h] at slot `past_length` [1] int64, read from device memory when it runs."""
+        """Puts rows [1, heads, S, d_h] into a cache [1, heads, C, d_h] at slot `past_length` [1] int64, read on the device when it runs."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Records what `work` enqueues, running none of it; the returned function enqueues all of it again, addresses and shapes as recorded."""
+        """Records what `work` enqueues, running none of it; the returned function enqueues it all, addresses and shapes as recorded."""
         ...
 
     def synchronize(self) -> None:
