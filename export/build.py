@@ -11,14 +11,16 @@ The bundle is written beside its place and moved there whole: a failed build lea
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from runtime.command_line import CommandParser, run_command
+from runtime.command_line import FAILED, CommandParser, run_command
 
 if TYPE_CHECKING:
     from export.plan import BuildOptions, BuildPlan
@@ -38,7 +40,9 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
         UsageError: it does not fit into the target's memory, or building for the target is not implemented.
         BundleExistsError: `output` holds something else, or another build is writing it.
         StorageError: it cannot be written.
+        EngineError: a device's TensorRT would refuse a graph.
     """
+    from export.operator_table import OperatorTable, check_operators
     from export.report import make_report
     from export.staging import staged
     from export.writer import BundleWriter
@@ -47,6 +51,9 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
     check_buildable(plan)
     with staged(output) as directory:
         manifest = BundleWriter(plan, directory, progress or (lambda _: None)).write()
+        for one in plan.each():
+            if one.target.engine == TENSORRT:
+                check_operators(directory, manifest.variant(one.target.name), OperatorTable.load())
         (directory / REPORT_FILE).write_text(json.dumps(make_report(plan, manifest), indent=2) + "\n", encoding="utf-8")
         (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -77,25 +84,59 @@ def _obstacles(plan: BuildPlan) -> list[str]:
     return lines
 
 
-def compile_engines(plan: BuildPlan, output: Path) -> int:
-    """What is left to do for the targets' engines after a bundle is written: RTX engines are built here, a Jetson's on the device.
+def compile_engines(plan: BuildPlan, output: Path, report: dict[str, Any], *, rehearsal: bool = True) -> int:
+    """What is left to do for the targets' engines after a bundle is written: RTX engines are built here, a Jetson's where this is one.
+
+    Elsewhere a Jetson's engines are rehearsed, and the next command is printed.
+
+    Args:
+        report: receives the rehearsals' results.
+        rehearsal: False leaves rehearsals out.
 
     Returns:
-        The exit status. Where engines could not be built, the bundle stays as it is, and `runtime.compile` says why.
+        The exit status. Where engines could not be built, or rehearsed, the bundle stays as it is, and a message says why.
     """
     from runtime import compile as compile_command
 
     status = 0
     for one in plan.each():
         target = one.target
+        argv = [str(output), "--library", target.library, "--target", target.name]
         if target.engine == TENSORRT_RTX:
             capabilities = ",".join(text.replace(".", "") for text in target.compute_capabilities)
-            argv = [str(output), "--library", "tensorrt_rtx", "--target", target.name, "--capability", capabilities]
+            status = max(status, compile_command.main([*argv, "--capability", capabilities]))
+        elif target.engine == TENSORRT and _is_device():
             status = max(status, compile_command.main(argv))
         elif target.engine == TENSORRT:
+            status = max(status, _rehearse(one, output, report["targets"][target.name], rehearsal))
             which = f" --target {target.name}" if plan.others else ""
             print(f"engines are built on the device: copy {output} there, then run\n  python3 -m runtime.compile {output.name}{which}")
     return status
+
+
+def _is_device() -> bool:
+    """Whether this is a Jetson: a processor as theirs, with TensorRT. (A workstation's TensorRT builds for its own GPU alone.)"""
+    return platform.machine() == "aarch64" and importlib.util.find_spec("tensorrt") is not None
+
+
+def _rehearse(plan: BuildPlan, output: Path, report: dict[str, Any], wanted: bool) -> int:
+    """Rehearses one target's engines; returns the exit status and says what a failure means."""
+    from export.rehearsal import rehearse
+    from runtime.manifest import read_manifest
+
+    if not wanted:
+        report["rehearsal"] = {"rehearsed": False, "reason": "--no-rehearsal"}
+        return 0
+    found = rehearse(output, read_manifest(output).variant(plan.target.name))
+    report["rehearsal"] = found
+    if found.get("failed"):
+        print(
+            f"python -m export.build: error: the rehearsal for {plan.target.name} failed: {found['failed']}; the bundle is kept in "
+            f"{output} (the device's own TensorRT may still take it; --no-rehearsal leaves the rehearsal out)",
+            file=sys.stderr,
+        )
+        return FAILED
+    return 0
 
 
 def check_buildable(plan: BuildPlan) -> None:
@@ -144,6 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-context", type=int, metavar="C", help="largest prompt + answer in tokens (default: the model's)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="the bundle (default: bundles/MODEL-TARGETS)")
     parser.add_argument("--debug-outputs", action="store_true", help="graphs with every layer's hidden states and all rows' logits")
+    parser.add_argument("--no-rehearsal", action="store_true", help="do not build a Jetson's graphs here with TensorRT for RTX, as a check")
     parser.add_argument("--dry-run", action="store_true", help="print plan and sizes, write nothing")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is the report as one JSON object")
     return parser
@@ -175,6 +217,8 @@ def _run(args: argparse.Namespace) -> int:
     from export.staging import check_destination
     from export.text_files import bundle_text_files
     from runtime.engines.tensorrt_library import load_library
+    from runtime.files import write_file
+    from runtime.names import REPORT_FILE
 
     options = _options(args)
     output = args.output or default_output(options)
@@ -194,7 +238,8 @@ def _run(args: argparse.Namespace) -> int:
         manifest = build_bundle(plan, output, bar.update)
     report = make_report(plan, manifest)
     print(describe_report(report, output))
-    status = compile_engines(plan, output)
+    status = compile_engines(plan, output, report, rehearsal=not args.no_rehearsal)
+    write_file(output / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode())
     if args.json:
         print(json.dumps(report))
     return status

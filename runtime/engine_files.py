@@ -70,7 +70,7 @@ def compile_bundle(
         try:
             for graph in manifest.graphs:
                 progress(graph, None)
-                engines.append(_place(bundle, _build(bundle, manifest, graph, options, build)))
+                engines.append(_place(bundle, build_graph(bundle, manifest, graph, options, build)))
                 progress(graph, engines[-1])
             if read_manifest(bundle) != whole:
                 raise BundleError(f"{bundle} was changed by another program while its engines were built: compile it again")
@@ -114,10 +114,17 @@ def _alone(bundle: Path) -> Iterator[None]:
         os.close(directory)
 
 
-def _build(bundle: Path, manifest: Manifest, graph: str, options: CompileOptions, build: Build) -> BuiltEngine:
-    listed = manifest.graphs[graph]
+def build_graph(
+    bundle: Path, manifest: Manifest, graph: str, options: CompileOptions, build: Build = build_in_child, folder: Path | None = None
+) -> BuiltEngine:  # fmt: skip
+    """Builds the engine of one graph into a folder (None: the bundle's), recording it nowhere.
+
+    Raises:
+        EngineError, UsageError, StorageError: as `build_engine`.
+    """
+    listed, output = manifest.graphs[graph], (folder or bundle) / f"{graph}.{options.library}.new.engine"
     spec = EngineSpec(
-        graph=graph, onnx=str(bundle / listed.file), output=str(bundle / f"{graph}.{options.library}.new.engine"), library=options.library,
+        graph=graph, onnx=str(bundle / listed.file), output=str(output), library=options.library,
         capabilities=options.capabilities, profiles=profiles_of(manifest, graph, options.profiles), tf32=not graph.startswith(names.SCORE),
     )  # fmt: skip
     built = build(spec)
