@@ -91,11 +91,19 @@ class BuildPlan:
     calibration: PlanFile | None = None
     auto_keep: float | None = None
     others: tuple[TargetPlan, ...] = ()
+    least_head_pieces: int = 1
 
     def each(self) -> tuple[BuildPlan, ...]:
-        """The plan of each target alone, in their order."""
+        """The plan of each target alone, in their order; those of one precision share their weights, the head's pieces too."""
         targets = (TargetPlan(self.target, self.precision), *self.others)
-        return tuple(dataclasses.replace(self, target=one.target, precision=one.precision, others=()) for one in targets)
+        plans = [dataclasses.replace(self, target=one.target, precision=one.precision, others=()) for one in targets]
+        pieces = {p: max(plan.head_pieces for plan in plans if plan.precision == p) for p in {plan.precision for plan in plans}}
+        return tuple(dataclasses.replace(plan, least_head_pieces=pieces[plan.precision]) for plan in plans)
+
+    @property
+    def head_pieces(self) -> int:
+        """Into how many pieces the first target's language-model head is split."""
+        return self.memory_request.head_pieces
 
     @property
     def visual_tokens(self) -> int:
@@ -119,7 +127,9 @@ class BuildPlan:
     @property
     def memory_request(self) -> MemoryRequest:
         """What the memory plan is computed from: the largest budget, the whole context."""
-        return MemoryRequest(self.spec, self.target, self.precision, self.split_layer, max(self.budgets), self.max_context)
+        return MemoryRequest(
+            self.spec, self.target, self.precision, self.split_layer, max(self.budgets), self.max_context, self.least_head_pieces
+        )  # fmt: skip
 
     @property
     def bytes_to_write(self) -> int:

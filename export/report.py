@@ -84,6 +84,7 @@ def _targets_report(manifest: Manifest) -> dict[str, Any]:
     for m in map(manifest.variant, manifest.targets):
         rows[m.target] = {
             "engine": m.engine or "onnxruntime", "precision": m.precision, "kv_write": m.kv_write,
+            "head_pieces": 1 if m.memory is None else m.memory.head_pieces,
             "weights_bytes": sum(m.files[name].bytes for name in m.weight_files),
             "graphs": {name: graph.file for name, graph in m.graphs.items()},
             "memory": None if m.memory is None else memory_report(m.memory),

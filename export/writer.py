@@ -133,5 +133,8 @@ def decoder_halves(plan: BuildPlan) -> tuple[HalfSpec, HalfSpec]:
     dtype, form, capacity = GRAPH_DTYPES[plan.precision], plan.kv_write, plan.capacity
     return (
         pre_ecl(plan.split_layer, dtype=dtype, debug=plan.debug, kv_write=form, capacity=capacity),
-        post_ecl(plan.split_layer, plan.spec.decoder.layers, dtype=dtype, debug=plan.debug, kv_write=form, capacity=capacity),
-    )
+        post_ecl(
+            plan.split_layer, plan.spec.decoder.layers, dtype=dtype, debug=plan.debug, kv_write=form, capacity=capacity,
+            head_pieces=plan.head_pieces,
+        ),
+    )  # fmt: skip

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from runtime.engine_info import EngineInfo
 from runtime.errors import BundleError, StorageError, UsageError, shown
@@ -206,6 +207,8 @@ class Manifest:
         for name, default in unused.items():
             if entries[name] == default:
                 del entries[name]
+        for own in (entries, *entries.get("variants", {}).values()):
+            _leave_out_unused(own.get("memory"))
         return json.dumps(entries, indent=2) + "\n"
 
     def export_sha256(self) -> str:
@@ -306,6 +309,17 @@ def sha256_of(path: Path) -> str:
             return digest.hexdigest()
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _leave_out_unused(memory: dict[str, Any] | None) -> None:
+    """Takes those entries out of a memory plan that runtimes of before `TARGETS_SCHEMA` do not know, where they say nothing."""
+    if memory is None:
+        return
+    if memory["head_pieces"] == 1:
+        del memory["head_pieces"]
+    for item in memory["items"]:
+        if item["planned_bytes"] is None:
+            del item["planned_bytes"]
 
 
 def _check_inside(name: str) -> None:
