@@ -3,8 +3,9 @@
     python -m benchmarks.engines                                    # LLaVA-1.5-7B's widths, fp16, all forms of the cache's write
     python -m benchmarks.engines --forms in_place --decode-rows 1   # what a decode profile fixed at one token costs
 
-Needs TensorRT for RTX (pip install tensorrt-rtx-cu13). Weights are random. Prints engine bytes against weights, activation bytes and
-fused attention kernels of each profile (prefill, append, decode), and what the build took. About 3 bytes of memory for each of weights.
+Needs TensorRT for RTX (pip install tensorrt-rtx-cu13). Weights are random. Prints engine bytes against weights, activation bytes,
+fused attention kernels and layers that only copy a tensor, for each profile (prefill, append, decode), and what the build took. Each
+engine is built in a process of its own; about 3 bytes of memory for each of weights.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def llava_7b() -> DecoderSpec:
     )  # fmt: skip
 
 
-def build(spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path) -> tuple[BuiltEngine, int]:
-    """Exports one half with random weights and builds its engine; also returns the weight file's bytes."""
+def build(spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path) -> tuple[BuiltEngine, int, tuple[int, ...]]:
+    """Exports one half with random weights and builds its engine; also returns the weight file's bytes and the copies in each profile."""
     import numpy as np
 
     from export.graphs.decoder import build_decoder_half
     from export.weights import WeightFile
-    from runtime.engines.tensorrt_builder import EngineSpec
-    from runtime.engines.tensorrt_process import build_in_child
+    from runtime.engines.tensorrt_builder import EngineSpec, build_engine
+    from runtime.engines.tensorrt_log import BuildLog
     from runtime.engines.tensorrt_profiles import make_profile
 
     h, i, rng = spec.hidden_size, spec.intermediate_size, np.random.default_rng(0)
@@ -72,31 +73,43 @@ def build(spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path) -> 
     }  # fmt: skip
     profiles = tuple(make_profile(half.name, builder.inputs, n, {"sequence": r, "capacity": (CAPACITY,) * 3}) for n, r in rows.items())
     job = EngineSpec(half.name, str(folder / "half.onnx"), str(folder / "half.engine"), LIBRARY, CAPABILITIES, profiles)
-    return build_in_child(job), size
+    log = BuildLog()
+    return build_engine(job, log), size, log.copy_layers
 
 
-def _run(args: argparse.Namespace) -> int:
+def _row(form: str, name: str, dtype: str, decode_rows: int) -> str:
+    """One engine, exported and built in this process."""
     from export.graphs.decoder import post_ecl, pre_ecl
     from export.graphs.kv_write import TENSOR_SCATTER
 
-    spec = llava_7b()
+    capacity = CAPACITY if form == TENSOR_SCATTER else None
+    halves = (
+        pre_ecl(1, dtype=dtype, kv_write=form, capacity=capacity),
+        post_ecl(1, 2, dtype=dtype, kv_write=form, capacity=capacity),
+    )
+    half = next(half for half in halves if half.name == name)
+    with tempfile.TemporaryDirectory() as folder:
+        built, weights, copies = build(llava_7b(), half, decode_rows, Path(folder))
+    info, size = built.info, built.file.bytes
+    activations = ", ".join(f"{count / 1e6:.1f}" for count in info.activation_bytes)
+    fused, peak = ", ".join(map(str, info.attention_kernels)), (info.peak_rss_bytes or 0) / 1e9
+    return (
+        f"{half.name:<9}{form:<15}{weights / 1e6:>11.1f}{size / 1e6:>10.1f}{size / weights:>7.3f}  {activations:<20}{fused:<9}"
+        f"{', '.join(map(str, copies)):<9}{info.build_seconds:>5.1f}{peak:>9.2f}"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from multiprocessing import get_context
+
     print(
-        f"{'half':<9}{'form':<15}{'weights MB':>11}{'engine MB':>10}{'ratio':>7}  {'activations MB':<20}{'fused':<9}{'s':>6}{'peak GB':>9}"
+        f"{'half':<9}{'form':<15}{'weights MB':>11}{'engine MB':>10}{'ratio':>7}  {'activations MB':<20}{'fused':<9}{'copies':<9}"
+        f"{'s':>5}{'peak GB':>9}"
     )
     for form in args.forms.split(","):
-        capacity = CAPACITY if form == TENSOR_SCATTER else None
-        first = pre_ecl(1, dtype=args.dtype, kv_write=form, capacity=capacity)
-        for half in (first, post_ecl(1, 2, dtype=args.dtype, kv_write=form, capacity=capacity)):
-            with tempfile.TemporaryDirectory() as folder:
-                built, weights = build(spec, half, args.decode_rows, Path(folder))
-            info, size = built.info, built.file.bytes
-            activations = ", ".join(f"{count / 1e6:.1f}" for count in info.activation_bytes)
-            fused, peak = ", ".join(map(str, info.attention_kernels)), (info.peak_rss_bytes or 0) / 1e9
-            print(
-                f"{half.name:<9}{form:<15}{weights / 1e6:>11.1f}{size / 1e6:>10.1f}{size / weights:>7.3f}  {activations:<20}{fused:<9}"
-                f"{info.build_seconds:>6.1f}{peak:>9.2f}",
-                flush=True,
-            )
+        for name in ("pre_ecl", "post_ecl"):
+            with get_context("spawn").Pool(1) as pool:
+                print(pool.apply(_row, (form, name, args.dtype, args.decode_rows)), flush=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python -m export.build --model tiny-llava --target cpu
     python -m export.build --model llava15 --target cpu --checkpoint DIR --keep 166 --split-layer 2
+    python -m export.build --model tiny-llava --target cpu,rtx          # one bundle for both
     python -m export.build --list-targets
 
 The bundle is written beside its place and moved there whole: a failed build leaves an earlier bundle as it was.
@@ -10,126 +11,23 @@ The bundle is written beside its place and moved there whole: a failed build lea
 from __future__ import annotations
 
 import argparse
-import datetime
+import importlib.util
 import json
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from runtime.command_line import CommandParser, run_command
+from runtime.command_line import FAILED, CommandParser, run_command
 
 if TYPE_CHECKING:
-    from export.graphs.builder import GraphBuilder
     from export.plan import BuildOptions, BuildPlan
-    from runtime.manifest import FileInfo, GraphInfo, Manifest
+    from runtime.manifest import Manifest
 
-EMBEDDING_FILE = "embed_tokens.fp32.bin"
-WEIGHTS_FILE = "weights.{precision}.bin"
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"  # engines, as configs/targets call them
 Progress = Callable[[int], None]
-
-
-@dataclass(slots=True)
-class _Writer:
-    """Writes one bundle's files into a directory and remembers their hashes."""
-
-    plan: BuildPlan
-    directory: Path
-    progress: Progress
-    graphs: dict[str, GraphInfo] = field(default_factory=dict)
-    files: dict[str, FileInfo] = field(default_factory=dict)
-
-    def write(self) -> Manifest:
-        self._text_files()
-        self._embedding()
-        self._weight_graphs()
-        self._score_graphs()
-        return self._manifest()
-
-    def _embedding(self) -> None:
-        from export.weights import WeightFile
-
-        with WeightFile(self.directory / EMBEDDING_FILE, self.progress) as file:
-            file.add("embed_tokens.weight", self.plan.weights.read("embed_tokens.weight"))
-        self.files[EMBEDDING_FILE] = file.info()
-
-    def _weight_graphs(self) -> None:
-        from export.graphs.clip import build_clip_vision
-        from export.graphs.decoder import build_decoder_half, post_ecl, pre_ecl
-        from export.spec import GRAPH_DTYPES
-        from export.weights import WeightFile
-        from runtime import names
-
-        plan, read, dtype = self.plan, self.plan.weights.read, GRAPH_DTYPES[self.plan.precision]
-        layers = plan.spec.decoder.layers
-        halves = (
-            pre_ecl(plan.split_layer, dtype=dtype, debug=plan.debug),
-            post_ecl(plan.split_layer, layers, dtype=dtype, debug=plan.debug),
-        )
-        with WeightFile(self.directory / WEIGHTS_FILE.format(precision=plan.precision), self.progress) as file:
-            self._graph(names.VISION, build_clip_vision(plan.spec.vision, read, file, dtype))
-            for half in halves:
-                self._graph(half.name, build_decoder_half(plan.spec.decoder, half, read, file, plan.max_context))
-        self.files[file.path.name] = file.info()
-
-    def _score_graphs(self) -> None:
-        from export.graphs.score import ScoreSpec, build_score
-        from export.spec import GRAPH_DTYPES
-        from runtime.names import score_graph
-
-        decoder = self.plan.spec.decoder
-        for keep in self.plan.budgets:
-            spec = ScoreSpec(
-                heads=decoder.query_heads, head_size=decoder.head_size, hidden_size=decoder.hidden_size, position_rows=1, keep=keep,
-                mode=self.plan.score_mode, grid_width=self.plan.spec.vision.grid, visual_tokens=None,
-                dtype=GRAPH_DTYPES[self.plan.precision],
-            )  # fmt: skip
-            self._graph(score_graph(keep), build_score(spec))
-
-    def _graph(self, name: str, builder: GraphBuilder) -> None:
-        from runtime.manifest import GraphInfo
-
-        path = self.directory / f"{name}.onnx"
-        builder.save(path)
-        self._file(path.name)
-        self.graphs[name] = GraphInfo(path.name, builder.inputs, builder.outputs)
-
-    def _text_files(self) -> None:
-        from export.text_files import bundle_text_files
-
-        for name, text in bundle_text_files(self.plan).items():
-            (self.directory / name).write_text(text, encoding="utf-8")
-            self._file(name)
-
-    def _file(self, name: str) -> None:
-        from runtime.manifest import FileInfo, sha256_of
-
-        path = self.directory / name
-        self.files[name] = FileInfo(path.stat().st_size, sha256_of(path))
-
-    def _manifest(self) -> Manifest:
-        from export import TOOL_VERSION
-        from export.report import stage_flops
-        from runtime.manifest import Geometry, Manifest, Source, schema_for
-
-        plan, d = self.plan, self.plan.spec.decoder
-        flops = stage_flops(plan, self.directory, self.graphs)
-        return Manifest(
-            schema_version=schema_for(plan.auto_keep, plan.memory), tool_version=TOOL_VERSION,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            family=plan.model.family, model=plan.model.name, target=plan.target.name, precision=plan.precision,
-            source=Source(plan.checkpoint.name, plan.checkpoint.revision),
-            geometry=Geometry(
-                layers=d.layers, hidden_size=d.hidden_size, query_heads=d.query_heads, kv_heads=d.kv_heads, head_size=d.head_size,
-                vocab_size=d.vocab_size, position_rows=1, visual_tokens=plan.visual_tokens,
-            ),
-            split_layer=plan.split_layer, score_mode=plan.score_mode, budgets=plan.budgets, max_context=plan.max_context,
-            image_token=plan.checkpoint.image_token(plan.spec.image_token_id), image_token_id=plan.spec.image_token_id,
-            embedding=EMBEDDING_FILE, graphs=self.graphs, files=self.files, flops=flops, memory=plan.memory, auto_keep=plan.auto_keep,
-        )  # fmt: skip
 
 
 def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None) -> Manifest:
@@ -142,14 +40,20 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
         UsageError: it does not fit into the target's memory, or building for the target is not implemented.
         BundleExistsError: `output` holds something else, or another build is writing it.
         StorageError: it cannot be written.
+        EngineError: a device's TensorRT would refuse a graph.
     """
+    from export.operator_table import OperatorTable, check_operators
     from export.report import make_report
     from export.staging import staged
+    from export.writer import BundleWriter
     from runtime.names import MANIFEST_FILE, REPORT_FILE
 
     check_buildable(plan)
     with staged(output) as directory:
-        manifest = _Writer(plan, directory, progress or (lambda _: None)).write()
+        manifest = BundleWriter(plan, directory, progress or (lambda _: None)).write()
+        for one in plan.each():
+            if one.target.engine == TENSORRT:
+                check_operators(directory, manifest.variant(one.target.name), OperatorTable.load())
         (directory / REPORT_FILE).write_text(json.dumps(make_report(plan, manifest), indent=2) + "\n", encoding="utf-8")
         (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -157,6 +61,11 @@ def build_bundle(plan: BuildPlan, output: Path, progress: Progress | None = None
 
 def obstacles(plan: BuildPlan) -> list[str]:
     """Why a plan cannot be built, a line each: its target's memory, and what is not implemented yet. The only place that says so."""
+    return list(dict.fromkeys(line for one in plan.each() for line in _obstacles(one)))
+
+
+def _obstacles(plan: BuildPlan) -> list[str]:
+    """The same for a plan's first target."""
     from export.memory_plan import misfit
     from export.spec import GRAPH_DTYPES
 
@@ -170,19 +79,58 @@ def obstacles(plan: BuildPlan) -> list[str]:
     return lines
 
 
-def compile_engines(plan: BuildPlan, output: Path) -> int:
-    """What is left to do for a target's engines after its bundle is written: RTX engines are built here, a Jetson's on the device.
+def compile_engines(plan: BuildPlan, output: Path, report: dict[str, Any], *, rehearsal: bool = True) -> int:
+    """What is left to do for the targets' engines after a bundle is written: RTX engines are built here, a Jetson's where this is one.
+
+    Elsewhere a Jetson's engines are rehearsed, and the next command is printed.
+
+    Args:
+        report: receives the rehearsals' results.
+        rehearsal: False leaves rehearsals out.
 
     Returns:
-        The exit status. Where engines could not be built, the bundle stays as it is, and `runtime.compile` says why.
+        The exit status. Where engines could not be built, or rehearsed, the bundle stays as it is, and a message says why.
     """
-    if plan.target.engine == TENSORRT_RTX:
-        from runtime import compile as compile_command
+    from runtime import compile as compile_command
 
-        capabilities = ",".join(text.replace(".", "") for text in plan.target.compute_capabilities)
-        return compile_command.main([str(output), "--library", "tensorrt_rtx", "--capability", capabilities])
-    if plan.target.engine == TENSORRT:
-        print(f"engines are built on the device: copy {output} there, then run\n  python3 -m runtime.compile {output.name}")
+    status = 0
+    for one in plan.each():
+        target = one.target
+        argv = [str(output), "--library", target.library, "--target", target.name]
+        if target.engine == TENSORRT_RTX:
+            capabilities = ",".join(text.replace(".", "") for text in target.compute_capabilities)
+            status = max(status, compile_command.main([*argv, "--capability", capabilities]))
+        elif target.engine == TENSORRT and _is_device():
+            status = max(status, compile_command.main(argv))
+        elif target.engine == TENSORRT:
+            status = max(status, _rehearse(one, output, report["targets"][target.name], rehearsal))
+            which = f" --target {target.name}" if plan.others else ""
+            print(f"engines are built on the device: copy {output} there, then run\n  python3 -m runtime.compile {output.name}{which}")
+    return status
+
+
+def _is_device() -> bool:
+    """Whether this is a Jetson: a processor as theirs, with TensorRT. (A workstation's TensorRT builds for its own GPU alone.)"""
+    return platform.machine() == "aarch64" and importlib.util.find_spec("tensorrt") is not None
+
+
+def _rehearse(plan: BuildPlan, output: Path, report: dict[str, Any], wanted: bool) -> int:
+    """Rehearses one target's engines; returns the exit status and says what a failure means."""
+    from export.rehearsal import rehearse
+    from runtime.manifest import read_manifest
+
+    if not wanted:
+        report["rehearsal"] = {"rehearsed": False, "reason": "--no-rehearsal"}
+        return 0
+    found = rehearse(output, read_manifest(output).variant(plan.target.name))
+    report["rehearsal"] = found
+    if found.get("failed"):
+        print(
+            f"python -m export.build: error: the rehearsal for {plan.target.name} failed: {found['failed']}; the bundle is kept in "
+            f"{output} (the device's own TensorRT may still take it; --no-rehearsal leaves the rehearsal out)",
+            file=sys.stderr,
+        )
+        return FAILED
     return 0
 
 
@@ -212,7 +160,7 @@ class _ListTargets(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m export.build", description="Export a multimodal LLM, split at its entropy collapse layer.")
     parser.add_argument("--model", required=True, help="a model of configs/models, e.g. tiny-llava or llava15")
-    parser.add_argument("--target", default="cpu", help="a target of configs/targets (default: cpu)")
+    parser.add_argument("--target", default="cpu", metavar="T[,T...]", help="targets of configs/targets, in one bundle (default: cpu)")
     parser.add_argument("--list-targets", action=_ListTargets, nargs=0, help="print the targets, with chip, memory and precisions, and end")
     parser.add_argument("--device-memory", metavar="SIZE", help="the target's memory, such as 12GB, where a target is a family of cards")
     parser.add_argument("--checkpoint", metavar="DIR|HF-ID", help="Hugging Face checkpoint directory, or an id in the local cache")
@@ -228,10 +176,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--plan", metavar="FILE", help="a calibration's plan.json: split layer, budgets and score mode, where no option gives them"
     )
     parser.add_argument("--score-mode", help="trace, row, raw, dpp; controls: random, energy-high, energy-low, uniform")
-    parser.add_argument("--precision", help="of the weights (default: the target's)")
+    parser.add_argument("--precision", metavar="P[,P...]", help="of the weights, one for all or for each target (default: the target's)")
     parser.add_argument("--max-context", type=int, metavar="C", help="largest prompt + answer in tokens (default: the model's)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the bundle (default: bundles/MODEL-TARGET)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the bundle (default: bundles/MODEL-TARGETS)")
     parser.add_argument("--debug-outputs", action="store_true", help="graphs with every layer's hidden states and all rows' logits")
+    parser.add_argument("--no-rehearsal", action="store_true", help="do not build a Jetson's graphs here with TensorRT for RTX, as a check")
     parser.add_argument("--dry-run", action="store_true", help="print plan and sizes, write nothing")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is the report as one JSON object")
     return parser
@@ -263,6 +212,8 @@ def _run(args: argparse.Namespace) -> int:
     from export.staging import check_destination
     from export.text_files import bundle_text_files
     from runtime.engines.tensorrt_library import load_library
+    from runtime.files import write_file
+    from runtime.names import REPORT_FILE
 
     options = _options(args)
     output = args.output or default_output(options)
@@ -274,27 +225,30 @@ def _run(args: argparse.Namespace) -> int:
         print("\n".join([*obstacles(plan), "dry run: nothing was written"]))
         return 0
     check_buildable(plan)
-    if plan.target.engine == TENSORRT_RTX:
+    if any(one.target.engine == TENSORRT_RTX for one in plan.each()):
         load_library("tensorrt_rtx")  # a missing one is told before anything is written
     _check_space(plan, output)
-    total = plan.weights.bytes_to_write()
+    total = plan.bytes_to_write
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None, file=sys.stderr) as bar:
         manifest = build_bundle(plan, output, bar.update)
     report = make_report(plan, manifest)
     print(describe_report(report, output))
-    status = compile_engines(plan, output)
+    status = compile_engines(plan, output, report, rehearsal=not args.no_rehearsal)
+    write_file(output / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode())
     if args.json:
         print(json.dumps(report))
     return status
 
 
 def _check_space(plan: BuildPlan, output: Path) -> None:
+    from export.memory_plan import stored_bytes
     from runtime.errors import StorageError
 
     parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
-    free, needed = shutil.disk_usage(parent).free, plan.weights.bytes_to_write()
-    if plan.target.engine == TENSORRT_RTX:  # its engines hold the weights once more
-        needed *= 2
+    free, needed = shutil.disk_usage(parent).free, plan.bytes_to_write
+    for one in plan.each():
+        if one.target.engine == TENSORRT_RTX:  # its engines hold the weights once more
+            needed += stored_bytes(one.spec, one.precision)
     if free < needed * 1.02:
         raise StorageError(
             f"{parent} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB: free some space or choose another --output"

@@ -13,6 +13,8 @@ from pathlib import Path
 import onnx
 from onnx import shape_inference
 
+from runtime.names import PAST, PRESENT
+
 _ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Sqrt", "Exp", "Log", "Sigmoid", "Softmax", "Gelu", "ReduceMean", "ReduceSum", "LayerNormalization",
     "Pow", "Neg", "Max", "Min", "Abs", "Reciprocal", "ReduceSumSquare", "ReduceMax", "ReduceMin",
@@ -31,10 +33,12 @@ def count_flops(graph: Path, sizes: Mapping[str, int]) -> Flops:
     """Counts one run of a graph file.
 
     Args:
-        sizes: a number for each symbolic dimension of the graph's inputs.
+        sizes: a number for each symbolic dimension of the graph's inputs; "capacity" is that of the caches also where the graph fixes it.
     """
     model = onnx.load(graph, load_external_data=False)
     for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith((PAST, PRESENT)) and not value.type.tensor_type.shape.dim[2].dim_param:  # a fixed capacity
+            value.type.tensor_type.shape.dim[2].dim_param = "capacity"
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
                 dim.dim_value = sizes[dim.dim_param]

@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
     from export.configs import load_model_config, load_target_config
     from export.memory_plan import misfit, plan_memory
     from export.memory_table import describe_memory, memory_report
-    from export.plan import choose_precision
+    from export.target_options import choose_precision
     from runtime.errors import UsageError
 
     model = load_model_config(args.model)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from export.families import find_adapter
 from export.precision import Scheme, scheme_of
-from export.spec import ClipVisionSpec, DecoderSpec, ModelSpec
+from export.spec import ClipVisionSpec, DecoderSpec, ModelSpec, head_widths
 from export.targets import TargetConfig, gib
 from runtime import names
 from runtime.kv_cache import ROUND_TO
@@ -48,12 +48,16 @@ EXPORT_PROCESS, EXPORT_FACTOR = 100_000_000, 2.5
 COMPILE_PROCESS, COMPILE_FACTORS = 350_000_000, {"tensorrt": (2.6, 4.6), "tensorrt-rtx": (2.6, 4.6)}
 # While TensorRT tries kernels for the language-model head it asked for 1,075,072,515 bytes at once for a head of 622,329,856 in fp16.
 HEAD_SCRATCH = 1.73
+MAX_HEAD_PIECES = 64
 ENGINE_SCRATCH = 8 << 20  # of each engine, whatever the rows: what the formulas below miss at few rows (python -m benchmarks.engine_memory)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryRequest:
-    """What is asked about: a model's shapes, a target, and the choices that memory depends on. `keep` is the largest budget."""
+    """What is asked about: a model's shapes, a target, and the choices that memory depends on. `keep` is the largest budget.
+
+    `least_head_pieces`: what another target that shares the weights splits the head into.
+    """
 
     spec: ModelSpec
     target: TargetConfig
@@ -61,6 +65,21 @@ class MemoryRequest:
     split_layer: int
     keep: int
     max_context: int
+    least_head_pieces: int = 1
+
+    @property
+    def head_pieces(self) -> int:
+        """Into how many pieces the language-model head is split, so that compiling it asks for no more at once than the target gives."""
+        limit, least = self.target.max_allocation_bytes, self.least_head_pieces
+        if limit is None or self.target.engine not in COMPILE_FACTORS:
+            return least
+        enough = (n for n in range(least, MAX_HEAD_PIECES) if HEAD_SCRATCH * self.head_piece_bytes(n) <= limit)
+        return next(enough, MAX_HEAD_PIECES)
+
+    def head_piece_bytes(self, pieces: int) -> int:
+        """Bytes of the largest of so many pieces of the head."""
+        decoder = self.spec.decoder
+        return self.scheme.plain((max(head_widths(decoder.vocab_size, pieces)), decoder.hidden_size))
 
     @property
     def scheme(self) -> Scheme:
@@ -68,7 +87,9 @@ class MemoryRequest:
 
     @property
     def kept_context(self) -> int:
-        """Rows of the cache after the split: the context less what one image loses."""
+        """Rows of the cache after the split: the context less what one image loses, or all of it where engines take one length alone."""
+        if self.target.kv_write != names.IN_PLACE:
+            return self.max_context
         return max(1, self.max_context - (self.spec.vision.visual_tokens - self.keep))
 
 
@@ -88,7 +109,7 @@ def plan_memory(request: MemoryRequest) -> MemoryPlan:
     if target.engine in ENGINE_PROCESS:
         items.append(MemoryItem(CONTEXT, ENGINE_PROCESS[target.engine], DEVICE, ASSUMED))
     items += [
-        MemoryItem(TABLE, scheme.plain((decoder.vocab_size, decoder.hidden_size)), HOST, EXACT),
+        MemoryItem(TABLE, 4 * decoder.vocab_size * decoder.hidden_size, HOST, EXACT),
         MemoryItem(PROCESS, PYTHON_PROCESS, HOST, ASSUMED),
     ]
     largest_fp32 = max(4 * size for size in _sizes(spec).values())
@@ -98,6 +119,7 @@ def plan_memory(request: MemoryRequest) -> MemoryPlan:
         export_peak_bytes=EXPORT_PROCESS + round(EXPORT_FACTOR * largest_fp32),
         compile_peak_bytes=_compile_peak(request, max(weights.values())),
         largest_allocation_bytes=_largest_allocation(request), max_allocation_bytes=target.max_allocation_bytes,
+        head_pieces=request.head_pieces,
     )  # fmt: skip
 
 
@@ -155,9 +177,9 @@ def stored_bytes(spec: ModelSpec, precision: str) -> int:
 
 
 def _largest_allocation(request: MemoryRequest) -> int:
-    """The larger of the largest tensor and, where an engine is compiled, the scratch for the language-model head."""
+    """The larger of the largest tensor and, where an engine is compiled, the scratch for the largest piece of the language-model head."""
     scheme, decoder = request.scheme, request.spec.decoder
-    head = scheme.plain((decoder.vocab_size, decoder.hidden_size))
+    head = request.head_piece_bytes(request.head_pieces)
     cache = request.max_context * decoder.kv_width * scheme.plain_bytes
     scratch = round(HEAD_SCRATCH * head) if request.target.engine in COMPILE_FACTORS else 0
     return max(scratch, head, cache)

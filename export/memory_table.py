@@ -53,7 +53,9 @@ def _making(plan: MemoryPlan, target: TargetConfig) -> list[str]:
     if plan.max_allocation_bytes is not None:
         limit = format_bytes(plan.max_allocation_bytes)
         fine = plan.largest_allocation_bytes <= plan.max_allocation_bytes
-        said = f"up to {limit} is known to work" if fine else f"MORE than the {limit} that are known to work: the head may have to be split"
+        said = f"up to {limit} is known to work" if fine else f"MORE than the {limit} that are known to work"
+        if plan.head_pieces > 1:
+            lines.append(f"  {'language-model head':<34}{f'{plan.head_pieces} pieces':>10}  so that compiling it allocates less at once")
         lines.append(f"  {'largest single allocation':<34}{format_bytes(plan.largest_allocation_bytes):>10}  estimated; {said}")
     return lines
 

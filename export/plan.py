@@ -11,14 +11,17 @@ from export import calibration_plan
 from export.budget import average_from_keep, check_auto_keep, check_keep, check_split, keep_from_average, keep_from_percent
 from export.calibration_plan import CalibrationPlan
 from export.checkpoint import Checkpoint
-from export.configs import ModelConfig, load_model_config, load_target_config
+from export.configs import ModelConfig, load_model_config
 from export.families import FamilyWeights, adapter_for
-from export.memory_plan import MemoryRequest, plan_memory
+from export.memory_plan import MemoryRequest, plan_memory, stored_bytes
+from export.precision import scheme_of
 from export.spec import ModelSpec
+from export.target_options import TargetPlan, settle_targets
 from export.targets import TargetConfig
 from runtime.errors import UsageError
+from runtime.kv_cache import round_capacity
 from runtime.memory_plan import MemoryPlan
-from runtime.names import SCORE_MODES
+from runtime.names import SCORE_MODES, TENSOR_SCATTER
 
 BUDGET_OPTIONS = ("keep", "avg_keep", "keep_percent")
 MIN_SCORED_HEADS = 3  # centring over heads leaves rank H - 1: with 2 heads every token's entropy is 0
@@ -28,7 +31,8 @@ MIN_SCORED_HEADS = 3  # centring over heads leaves rank H - 1: with 2 heads ever
 class BuildOptions:
     """The command line's wishes; None means what the plan says, else the default. At most one of the three budgets is given.
 
-    `plan` is the path of a calibration's plan.json; `device_memory` a size such as "12GB".
+    `target` may be several with commas, and `precision` one for each; `plan` is the path of a calibration's plan.json; `device_memory` a
+    size such as "12GB".
     """
 
     model: str
@@ -67,7 +71,10 @@ class Origins:
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """Everything settled: `budgets` are keep counts, the default first; `split_layer` is K; `auto_keep` is the manifest's."""
+    """Everything settled: `budgets` are keep counts, the default first; `split_layer` is K; `auto_keep` is the manifest's.
+
+    `target` and `precision` are those of the first target, `others` those of the rest; `each` gives a plan for every one of them.
+    """
 
     model: ModelConfig
     target: TargetConfig
@@ -83,6 +90,20 @@ class BuildPlan:
     debug: bool = False
     calibration: PlanFile | None = None
     auto_keep: float | None = None
+    others: tuple[TargetPlan, ...] = ()
+    least_head_pieces: int = 1
+
+    def each(self) -> tuple[BuildPlan, ...]:
+        """The plan of each target alone, in their order; those of one precision share their weights, the head's pieces too."""
+        targets = (TargetPlan(self.target, self.precision), *self.others)
+        plans = [dataclasses.replace(self, target=one.target, precision=one.precision, others=()) for one in targets]
+        pieces = {p: max(plan.head_pieces for plan in plans if plan.precision == p) for p in {plan.precision for plan in plans}}
+        return tuple(dataclasses.replace(plan, least_head_pieces=pieces[plan.precision]) for plan in plans)
+
+    @property
+    def head_pieces(self) -> int:
+        """Into how many pieces the first target's language-model head is split."""
+        return self.memory_request.head_pieces
 
     @property
     def visual_tokens(self) -> int:
@@ -94,9 +115,28 @@ class BuildPlan:
         return average_from_keep(keep, visual_tokens=self.visual_tokens, split_layer=self.split_layer, layers=self.spec.decoder.layers)
 
     @property
+    def kv_write(self) -> str:
+        """How the graphs write the cache."""
+        return self.target.kv_write
+
+    @property
+    def capacity(self) -> int | None:
+        """The caches' length C in the graphs of both halves; None where any length goes."""
+        return round_capacity(self.max_context) if self.kv_write == TENSOR_SCATTER else None
+
+    @property
     def memory_request(self) -> MemoryRequest:
         """What the memory plan is computed from: the largest budget, the whole context."""
-        return MemoryRequest(self.spec, self.target, self.precision, self.split_layer, max(self.budgets), self.max_context)
+        return MemoryRequest(
+            self.spec, self.target, self.precision, self.split_layer, max(self.budgets), self.max_context, self.least_head_pieces
+        )  # fmt: skip
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of the token table and of all weights, once for each precision."""
+        table = self.spec.decoder.vocab_size * self.spec.decoder.hidden_size
+        precisions = dict.fromkeys(plan.precision for plan in self.each())
+        return 4 * table + sum(stored_bytes(self.spec, p) - table * scheme_of(p).plain_bytes for p in precisions)
 
     @property
     def memory(self) -> MemoryPlan:
@@ -111,12 +151,10 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         UsageError: an option is unknown or out of range.
         CheckpointError: the checkpoint is missing, incomplete or not implemented.
     """
-    model, target = load_model_config(options.model), load_target_config(options.target)
+    model = load_model_config(options.model)
+    (first, *others) = settle_targets(options.target, options.precision, options.device_memory)
     if options.score_mode not in (None, *SCORE_MODES):
         raise UsageError(f"unknown --score-mode {options.score_mode!r}: choose one of {', '.join(SCORE_MODES)}")
-    if options.device_memory is not None:
-        target = target.with_memory(options.device_memory)
-    precision = choose_precision(options.precision, target)
     calibration = None if options.plan is None else _read_plan(Path(options.plan))
     checkpoint = Checkpoint.open(options.checkpoint or model.default_checkpoint())
     adapter = adapter_for(checkpoint.config, model.family)
@@ -135,23 +173,11 @@ def make_plan(options: BuildOptions) -> BuildPlan:
         )
     budgets = choose_budgets(options, model, spec, split)
     return BuildPlan(
-        model=model, target=target, checkpoint=checkpoint, spec=spec, weights=weights, split_layer=split,
-        budgets=budgets, score_mode=score_mode, precision=precision,
+        model=model, target=first.target, checkpoint=checkpoint, spec=spec, weights=weights, split_layer=split,
+        budgets=budgets, score_mode=score_mode, precision=first.precision,
         max_context=choose_context(options, model, spec), origins=origins, debug=options.debug, calibration=calibration,
-        auto_keep=check_auto_keep(options.auto_keep, budgets=budgets, score_mode=score_mode),
+        auto_keep=check_auto_keep(options.auto_keep, budgets=budgets, score_mode=score_mode), others=tuple(others),
     )  # fmt: skip
-
-
-def choose_precision(wanted: str | None, target: TargetConfig) -> str:
-    """The precision asked for, or the target's default.
-
-    Raises:
-        UsageError: the target does not run it; the message lists what it runs.
-    """
-    precision = wanted or target.default_precision
-    if precision not in target.precisions:
-        raise UsageError(f"--precision {precision} is not offered for target {target.name}: choose one of {', '.join(target.precisions)}")
-    return precision
 
 
 def _read_plan(path: Path) -> PlanFile:
@@ -212,4 +238,4 @@ def choose_context(options: BuildOptions, model: ModelConfig, spec: ModelSpec) -
 
 def default_output(options: BuildOptions) -> Path:
     """Where a bundle goes without --output."""
-    return Path("bundles") / f"{options.model}-{options.target}"
+    return Path("bundles") / f"{options.model}-{options.target.replace(',', '-').replace(' ', '')}"

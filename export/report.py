@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def stage_flops(plan: BuildPlan, directory: Path, graphs: Mapping[str, GraphInfo
     n, d = plan.visual_tokens, plan.spec.decoder
 
     def half(name: str, tokens: int) -> int:
-        return count_flops(directory / graphs[name].file, {"sequence": tokens, "capacity": tokens}).matmul
+        cached = 0 if plan.kv_write == names.APPEND else tokens  # attention then runs over the cache and the new rows
+        return count_flops(directory / graphs[name].file, {"sequence": tokens, "capacity": cached}).matmul
 
     head = 2 * d.hidden_size * d.vocab_size * ((TEXT_TOKENS + n + 1) if plan.debug else 1)
     flops: dict[str, float] = {
@@ -71,15 +72,29 @@ def make_report(plan: BuildPlan, manifest: Manifest) -> dict[str, Any]:
         "bytes": {name: info.bytes for name, info in manifest.files.items()},
         "bytes_total": sum(info.bytes for info in manifest.files.values()),
         "flops": flops, "decoder_flops_dense": dense, "flops_source": "counted from the exported graphs; a multiply-add counts as 2",
-        "memory": None if manifest.memory is None else memory_report(manifest.memory),
+        "memory": None if manifest.memory is None else memory_report(manifest.memory), "targets": _targets_report(manifest),
         "kv_bytes_per_token": {"pre_ecl": d.kv_bytes_per_token(k, value), "post_ecl": d.kv_bytes_per_token(d.layers - k, value)},
         "kv_bytes_of_one_image_dense": n * d.kv_bytes_per_token(d.layers, value), "budgets": budgets,
     }  # fmt: skip
 
 
+def _targets_report(manifest: Manifest) -> dict[str, Any]:
+    """What each target of a bundle has of its own."""
+    rows = {}
+    for m in map(manifest.variant, manifest.targets):
+        rows[m.target] = {
+            "engine": m.engine or "onnxruntime", "precision": m.precision, "kv_write": m.kv_write,
+            "head_pieces": 1 if m.memory is None else m.memory.head_pieces,
+            "weights_bytes": sum(m.files[name].bytes for name in m.weight_files),
+            "graphs": {name: graph.file for name, graph in m.graphs.items()},
+            "memory": None if m.memory is None else memory_report(m.memory),
+        }  # fmt: skip
+    return rows
+
+
 def describe_plan(plan: BuildPlan, output: Path) -> str:
     """The plan in a few lines, printed before anything is written."""
-    d, v, k, scheme = plan.spec.decoder, plan.spec.vision, plan.split_layer, scheme_of(plan.precision)
+    d, v, k = plan.spec.decoder, plan.spec.vision, plan.split_layer
     budgets = ", ".join(f"keep {r} of {plan.visual_tokens} (average {plan.average_keep(r):.1f} over layers)" for r in plan.budgets)
     if plan.auto_keep is not None:
         budgets += f"; keep auto: the smallest that holds {100 * plan.auto_keep:g} % of an image's score mass"
@@ -90,17 +105,23 @@ def describe_plan(plan: BuildPlan, output: Path) -> str:
         ("split", f"layers 0..{k - 1} see every token, layers {k}..{d.layers - 1} the kept ones; score: {plan.score_mode}"),
         ("budgets", budgets),
         ("chosen by", f"split: {plan.origins.split_layer}; budgets: {plan.origins.budgets}; score: {plan.origins.score_mode}"),
-        ("weights", f"{format_bytes(stored_bytes(plan.spec, plan.precision))} in {plan.precision}: {scheme.words}"),
-        (
-            "KV cache",
-            " + ".join(format_bytes(d.kv_bytes_per_token(n, scheme.plain_bytes)) for n in (k, d.layers - k))
-            + " per token (before, after the split)",
-        ),
+        *_precision_rows(plan),
         ("context", f"{plan.max_context} tokens"),
-        ("output", f"{output}  (target {plan.target.name})"),
+        ("output", f"{output}  (target{'s' if plan.others else ''} {', '.join(one.target.name for one in plan.each())})"),
     ]  # fmt: skip
     lines = [f"  {name:<11} {text}" for name, text in rows]
-    return "\n".join([*lines, *describe_memory(plan.memory, plan.target)])
+    return "\n".join([*lines, *(line for one in plan.each() for line in describe_memory(one.memory, one.target))])
+
+
+def _precision_rows(plan: BuildPlan) -> Iterator[tuple[str, str]]:
+    """Weights and KV bytes, once for each precision."""
+    d, k = plan.spec.decoder, plan.split_layer
+    for precision in dict.fromkeys(one.precision for one in plan.each()):
+        scheme = scheme_of(precision)
+        kv = " + ".join(format_bytes(d.kv_bytes_per_token(n, scheme.plain_bytes)) for n in (k, d.layers - k))
+        which = f" in {precision}" if plan.others else ""
+        yield "weights", f"{format_bytes(stored_bytes(plan.spec, precision))} in {precision}: {scheme.words}"
+        yield "KV cache", f"{kv} per token (before, after the split){which}"
 
 
 def describe_report(report: Mapping[str, Any], output: Path) -> str:

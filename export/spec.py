@@ -90,3 +90,9 @@ class ModelSpec:
     decoder: DecoderSpec
     vision: ClipVisionSpec
     image_token_id: int
+
+
+def head_widths(vocab_size: int, pieces: int) -> tuple[int, ...]:
+    """Columns of the vocabulary in each piece of the head: multiples of 8 (but the last one), as equal as that allows."""
+    width = -(-vocab_size // (8 * pieces)) * 8
+    return tuple(min(width, vocab_size - start) for start in range(0, vocab_size, width))

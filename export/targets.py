@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from export.precision import SCHEMES
 from runtime.errors import UsageError
+from runtime.names import IN_PLACE, KV_WRITES, TENSOR_SCATTER
 
 # Where each engine is compiled: what happens on the machine that builds the bundle.
 ENGINES = {
@@ -20,6 +21,7 @@ ENGINES = {
     "tensorrt": "graphs here, engines on the device",
     "tensorrt-rtx": "engines built here",
 }
+TENSOR_SCATTER_OPSET = 24  # the first with the operator
 _UNITS = {"g": 1 << 30, "gb": 1 << 30, "gib": 1 << 30, "m": 1 << 20, "mb": 1 << 20, "mib": 1 << 20}
 
 
@@ -39,7 +41,8 @@ class TargetConfig:
     `compute_capabilities` are those an engine is made for. `memory_bytes` is the device's whole memory (None: not known), of which
     `reserve_bytes` are for firmware, system and other programs; `unified` memory holds the host's side too. Where `memory_of` is set, it
     says whose memory that is, and the user may say another's. `bandwidth_gb_s` is the memory's peak (10^9 bytes). `opset` is the
-    highest ONNX opset that the library parses. `max_allocation_bytes` is the largest single allocation that is known to work.
+    highest ONNX opset that the library parses. `max_allocation_bytes` is the largest single allocation that is known to work. `kv_write` is
+    how the graphs write the cache (`export.graphs.kv_write`).
     """
 
     name: str
@@ -55,6 +58,7 @@ class TargetConfig:
     unified: bool = False
     opset: int | None = None
     max_allocation_bytes: int | None = None
+    kv_write: str = IN_PLACE
     libraries: tuple[LibraryVersion, ...] = ()
 
     def __post_init__(self) -> None:
@@ -75,6 +79,10 @@ class TargetConfig:
             value = getattr(self, entry)
             if value is not None and value <= 0:
                 raise UsageError(f"{where} has {entry} = {value}; it must be above 0")
+        if self.kv_write not in KV_WRITES:
+            raise UsageError(f"{where} has kv_write {self.kv_write!r}; known are {', '.join(KV_WRITES)}")
+        if self.kv_write == TENSOR_SCATTER and (self.opset or TENSOR_SCATTER_OPSET) < TENSOR_SCATTER_OPSET:
+            raise UsageError(f"{where} has kv_write {TENSOR_SCATTER} and opset {self.opset}; the operator needs {TENSOR_SCATTER_OPSET}")
         if not 0 <= self.reserve_bytes < (self.memory_bytes or 1 << 60):
             raise UsageError(
                 f"{where} has reserve_bytes = {self.reserve_bytes}; it must be from 0 to below the memory, {self.memory_bytes}"
@@ -84,6 +92,11 @@ class TargetConfig:
     def available_bytes(self) -> int | None:
         """What a bundle may take; None where the memory is not known."""
         return None if self.memory_bytes is None else self.memory_bytes - self.reserve_bytes
+
+    @property
+    def library(self) -> str:
+        """The engine as the runtime calls it: "onnxruntime", "onnxruntime-cuda", "tensorrt" or "tensorrt_rtx"."""
+        return "tensorrt_rtx" if self.engine == "tensorrt-rtx" else self.engine
 
     @property
     def compiles(self) -> str:

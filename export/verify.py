@@ -15,7 +15,7 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,33 @@ def synthetic_images(count: int, side: int) -> list[ImageSource]:
     return images
 
 
+def verify_targets(
+    model: VisionLanguageModel, reference: EagerPrunedLlava, images: Sequence[ImageSource], selection_images: int = 20
+) -> dict[str, Any]:
+    """As `verify`, for the graphs of all of a bundle's targets that ONNX Runtime runs on a CPU: one report, its checks named by target
+    where there are several.
+    """
+    from runtime.pipeline import VisionLanguageModel
+
+    whole = model.manifest
+    reports = {whole.target: verify(model, reference, images, selection_images)}
+    for target in whole.targets[1:]:
+        variant = whole.variant(target)
+        if variant.precision in ("fp32", "fp16"):
+            reports[target] = verify(VisionLanguageModel(model.bundle, variant), reference, images, selection_images)
+        else:
+            print(f"target {target} was not compared: ONNX Runtime runs no {variant.precision} on a CPU", file=sys.stderr)
+    return _merged(reports) if len(reports) > 1 else reports[whole.target]
+
+
+def _merged(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The first target's report with the checks of all of them."""
+    checks = [{**check, "name": f"{target}: {check['name']}"} for target, report in reports.items() for check in report["checks"]]
+    first = next(iter(reports.values()))
+    selections = {target: report["selection"] for target, report in reports.items()}
+    return {**first, "passed": all(r["passed"] for r in reports.values()), "checks": checks, "selections": selections}
+
+
 def _folder_images(folder: Path) -> list[ImageSource]:
     from runtime.errors import UsageError
 
@@ -177,11 +204,13 @@ def describe(report: dict[str, Any]) -> str:
         lines.append(
             f"  {c['name']:<62}{c['error']:>10.1e}{('>' if c['must_fail'] else '') + format(c['tolerance'], '.0e'):>11}  {verdict}"
         )
-    if report["selection"]:
-        s = report["selection"]
+    for target, s in report.get("selections", {"": report["selection"]}).items():
+        if not s:
+            continue
         overlap = f"overlap {s['mean_overlap']:.4f} on average, worst {s['worst_overlap']:.3f}"
         error = "unknown" if s["largest_score_error"] is None else f"{s['largest_score_error']:.1e}"
-        lines.append(f"  selection by {s['mode']}, keep {s['keep']}, {s['images']} images: {overlap}; score error {error}")
+        which = f"{target}: " if target else ""
+        lines.append(f"  {which}selection by {s['mode']}, keep {s['keep']}, {s['images']} images: {overlap}; score error {error}")
     failed = sum(not c["passed"] for c in report["checks"])
     lines.append(f"{len(report['checks']) - failed} passed, {failed} failed")
     return "\n".join(lines)
@@ -197,9 +226,8 @@ def _run(args: argparse.Namespace) -> int:
         _check_save_inputs(args.save_inputs, args.bundle)
     model = load(args.bundle, backend="cpu")
     reference = _reference(model, args.checkpoint)
-    side = reference.model.config.vision_config.image_size
-    images = given or synthetic_images(max(2, args.selection_images), side)
-    report = verify(model, reference, images, args.selection_images)
+    images = given or synthetic_images(max(2, args.selection_images), reference.model.config.vision_config.image_size)
+    report = verify_targets(model, reference, images, args.selection_images)
     print(describe(report))
     try:
         (args.bundle / VERIFY_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -69,6 +69,9 @@ BACKENDS: Final = MappingProxyType(
 )
 
 
+_ENGINES: Final = MappingProxyType({CPU: "onnxruntime", CUDA: "onnxruntime-cuda", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"})
+
+
 def open_backend(
     bundle: Path, manifest: Manifest, backend: str | None = None, device_index: int = 0, threads: int | None = None
 ) -> tuple[str, Executor]:
@@ -87,22 +90,28 @@ def open_backend(
         BundleError: the bundle is damaged.
     """
     if backend not in (None, AUTO):
-        return backend, BACKENDS[backend](bundle, manifest, device_index, threads)
+        return backend, _open(bundle, manifest, backend, device_index, threads)
     reasons = []
     for name in made_for(manifest):
         try:
-            return name, BACKENDS[name](bundle, manifest, device_index, threads)
+            return name, _open(bundle, manifest, name, device_index, threads)
         except EngineError as error:
             reasons.append(f"{name}: {error}")
     if reasons:
         _log.warning("this bundle runs on the CPU, the backend it was made for cannot be used here (%s)", "; ".join(reasons))
-    return CPU, BACKENDS[CPU](bundle, manifest, device_index, threads)
+    return CPU, _open(bundle, manifest, CPU, device_index, threads)
+
+
+def _open(bundle: Path, manifest: Manifest, backend: str, device_index: int, threads: int | None) -> Executor:
+    """Opens a backend on those of the bundle's graphs that are for it; where none are, on the first ones, and the engine says why not."""
+    return BACKENDS[backend](bundle, manifest.for_engine(_ENGINES[backend]) or manifest, device_index, threads)
 
 
 def made_for(manifest: Manifest) -> tuple[str, ...]:
     """The backends that a bundle has engines for or was exported for, in the order they are tried; the CPU is not among them."""
-    libraries = dict.fromkeys(engine.library for engine in manifest.engines if engine.library in BACKENDS)
-    return (*libraries, *((CUDA,) if manifest.target == CUDA_TARGET else ()))
+    targets = [manifest.variant(target) for target in manifest.targets]
+    libraries = dict.fromkeys(engine.library for target in targets for engine in target.engines if engine.library in BACKENDS)
+    return (*libraries, *((CUDA,) if CUDA_TARGET in manifest.targets else ()))
 
 
 def check_backend(backend: Any, device_index: Any) -> None:

@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m runtime.compile", description="Build the engines of a bundle for TensorRT.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--library", choices=("tensorrt", "tensorrt_rtx"), help="default: the one that is installed, tensorrt first")
+    parser.add_argument("--target", metavar="T", help="of a bundle for several targets (default: the first that the library is for)")
     parser.add_argument(
         "--capability", type=_capabilities, metavar="C[,C...]",
         help=f"compute capabilities for tensorrt_rtx, 86 for 8.6 (default: {','.join(map(str, RTX_CAPABILITIES))})",
@@ -49,19 +50,23 @@ def _capabilities(text: str) -> tuple[int, ...]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from runtime.engine_files import CompileOptions, compile_bundle
+    from runtime.engine_files import CompileOptions, chosen_target, compile_bundle
     from runtime.engines.tensorrt_library import installed_library, load_library
     from runtime.engines.tensorrt_profiles import ProfileOptions
     from runtime.manifest import read_manifest
 
     profiles = ProfileOptions(args.text_tokens, args.images, args.capacity)
-    read_manifest(args.bundle)  # what is wrong with it is told first
+    manifest = read_manifest(args.bundle)  # what is wrong with it is told first
+    if args.target is not None:
+        manifest.variant(args.target)
     library = args.library or installed_library()
     load_library(library)
     capabilities = args.capability if args.capability is not None else RTX_CAPABILITIES if library == "tensorrt_rtx" else ()
-    engines = compile_bundle(args.bundle, CompileOptions(library, capabilities, profiles), _tell)
+    options = CompileOptions(library, capabilities, profiles, args.target)
+    manifest = chosen_target(manifest, options)
+    engines = compile_bundle(args.bundle, options, _tell)
     print(describe(engines))
-    ratio = weights_ratio(read_manifest(args.bundle), engines)
+    ratio = weights_ratio(manifest, engines)
     if ratio is not None:
         twice = "" if ratio <= MAX_WEIGHTS_RATIO else f", more than {MAX_WEIGHTS_RATIO}: some of them are stored again for another profile"
         print(f"the engines hold {ratio:.3f} times the bundle's weights{twice}")
@@ -101,7 +106,7 @@ def weights_ratio(manifest: Manifest, engines: Sequence[BuiltEngine]) -> float |
     Needs no allowance for kernels and tables, whose bytes are an engine's too. 1.0 is every weight once.
     """
     held = [engine.info.weights_bytes for engine in engines]
-    files = sum(info.bytes for name, info in manifest.files.items() if name.endswith(".bin") and name != manifest.embedding)
+    files = sum(manifest.files[name].bytes for name in manifest.weight_files)
     return None if None in held or not files else sum(count or 0 for count in held) / files
 
 

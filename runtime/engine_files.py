@@ -21,7 +21,7 @@ from runtime.engines.tensorrt_process import build_in_child
 from runtime.engines.tensorrt_profiles import ProfileOptions, profiles_of
 from runtime.errors import BundleError, EngineError, StorageError
 from runtime.files import write_file
-from runtime.manifest import FileInfo, Manifest, check_file, read_manifest
+from runtime.manifest import Manifest, check_file, read_manifest
 
 ENGINE_FILE = re.compile(r"[\w.-]+\.(?:tensorrt|tensorrt_rtx)\.(?:[0-9a-f]{12}|new)\.engine")
 PARTIAL_FILE = re.compile(rf"\.{ENGINE_FILE.pattern}\.(\d+)\.part")
@@ -29,11 +29,15 @@ PARTIAL_FILE = re.compile(rf"\.{ENGINE_FILE.pattern}\.(\d+)\.part")
 
 @dataclass(frozen=True, slots=True)
 class CompileOptions:
-    """With which library, for which compute capabilities (86 is 8.6; empty: this device) and shapes."""
+    """With which library, for which compute capabilities (86 is 8.6; empty: this device) and shapes, and which target's graphs.
+
+    `target` is one of the bundle's; None: the first that the library is for, or the bundle's first.
+    """
 
     library: str
     capabilities: tuple[int, ...] = ()
     profiles: ProfileOptions = field(default_factory=ProfileOptions)
+    target: str | None = None
 
 
 Progress = Callable[[str, "BuiltEngine | None"], None]
@@ -43,7 +47,7 @@ Build = Callable[[EngineSpec], BuiltEngine]
 def compile_bundle(
     bundle: Path, options: CompileOptions, progress: Progress = lambda *_: None, build: Build = build_in_child
 ) -> tuple[BuiltEngine, ...]:
-    """Builds an engine of every graph and records them; engines of the same library that were there are replaced.
+    """Builds an engine of every graph of one target and records them; its engines of the same library that were there are replaced.
 
     Args:
         progress: called with a graph's name and None before its build, and with the engine after it.
@@ -56,25 +60,36 @@ def compile_bundle(
         BundleError: the bundle cannot be used, or changed meanwhile.
         EngineError, UsageError, StorageError: as `build_engine`; the bundle is as it was.
     """
-    manifest = read_manifest(bundle)
-    for name, info in manifest.files.items():
-        if name in {graph.file for graph in manifest.graphs.values()} or name.endswith(".bin"):
-            check_file(bundle, name, info)
+    whole = read_manifest(bundle)
+    manifest = chosen_target(whole, options)
+    for name in (*(graph.file for graph in manifest.graphs.values()), *manifest.weight_files):
+        check_file(bundle, name, manifest.files[name])
     engines: list[BuiltEngine] = []
     with _alone(bundle):
-        _clear(bundle, manifest)
+        _clear(bundle, whole)
         try:
             for graph in manifest.graphs:
                 progress(graph, None)
-                engines.append(_place(bundle, _build(bundle, manifest, graph, options, build)))
+                engines.append(_place(bundle, build_graph(bundle, manifest, graph, options, build)))
                 progress(graph, engines[-1])
-            if read_manifest(bundle) != manifest:
+            if read_manifest(bundle) != whole:
                 raise BundleError(f"{bundle} was changed by another program while its engines were built: compile it again")
-            _record(bundle, manifest, engines, options.library)
+            _record(bundle, whole, manifest, engines, options.library)
         finally:
             with suppress(BundleError, StorageError):
                 _clear(bundle, read_manifest(bundle))
     return tuple(engines)
+
+
+def chosen_target(manifest: Manifest, options: CompileOptions) -> Manifest:
+    """The bundle as the target sees it that is to be compiled.
+
+    Raises:
+        UsageError: it was not built for the target that is asked for.
+    """
+    if options.target is not None:
+        return manifest.variant(options.target)
+    return manifest.for_engine(options.library) or manifest.variant(manifest.target)
 
 
 @contextmanager
@@ -99,10 +114,17 @@ def _alone(bundle: Path) -> Iterator[None]:
         os.close(directory)
 
 
-def _build(bundle: Path, manifest: Manifest, graph: str, options: CompileOptions, build: Build) -> BuiltEngine:
-    listed = manifest.graphs[graph]
+def build_graph(
+    bundle: Path, manifest: Manifest, graph: str, options: CompileOptions, build: Build = build_in_child, folder: Path | None = None
+) -> BuiltEngine:  # fmt: skip
+    """Builds the engine of one graph into a folder (None: the bundle's), recording it nowhere.
+
+    Raises:
+        EngineError, UsageError, StorageError: as `build_engine`.
+    """
+    listed, output = manifest.graphs[graph], (folder or bundle) / f"{graph}.{options.library}.new.engine"
     spec = EngineSpec(
-        graph=graph, onnx=str(bundle / listed.file), output=str(bundle / f"{graph}.{options.library}.new.engine"), library=options.library,
+        graph=graph, onnx=str(bundle / listed.file), output=str(output), library=options.library,
         capabilities=options.capabilities, profiles=profiles_of(manifest, graph, options.profiles), tf32=not graph.startswith(names.SCORE),
     )  # fmt: skip
     built = build(spec)
@@ -123,13 +145,14 @@ def _place(bundle: Path, built: BuiltEngine) -> BuiltEngine:
     return BuiltEngine(dataclasses.replace(built.info, file=name), built.file)
 
 
-def _record(bundle: Path, manifest: Manifest, engines: Sequence[BuiltEngine], library: str) -> None:
-    """Exchanges the manifest for one that lists these engines in place of the library's earlier ones."""
+def _record(bundle: Path, whole: Manifest, manifest: Manifest, engines: Sequence[BuiltEngine], library: str) -> None:
+    """Exchanges the manifest for one that lists these engines in place of the library's earlier ones of this target."""
     kept = tuple(engine for engine in manifest.engines if engine.library != library)
-    gone = {engine.file for engine in manifest.engines} - {engine.file for engine in kept}
-    files: dict[str, FileInfo] = {name: info for name, info in manifest.files.items() if name not in gone}
-    files |= {engine.info.file: engine.file for engine in engines}
-    new = dataclasses.replace(manifest, files=files, engines=(*kept, *(engine.info for engine in engines)))
+    files = {**manifest.files, **{engine.info.file: engine.file for engine in engines}}
+    new = whole.with_variant(dataclasses.replace(manifest, files=files, engines=(*kept, *(engine.info for engine in engines))))
+    listed = {engine.file for target in new.targets for engine in new.variant(target).engines}
+    gone = {engine.file for target in whole.targets for engine in whole.variant(target).engines} - listed
+    new = dataclasses.replace(new, files={name: info for name, info in new.files.items() if name not in gone})
     write_file(bundle / names.MANIFEST_FILE, new.to_json().encode())
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from runtime.generation import Stopwatch
 from runtime.kv_cache import KVGroup
+from runtime.manifest import Manifest
 
 
 class NewRows(Protocol):
@@ -39,6 +40,11 @@ class NewRows(Protocol):
 
 class Executor(Protocol):
     """Runs a bundle's stages. Each returns when its results are there."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle as what runs here sees it: one of its targets."""
+        ...
 
     @property
     def lock(self) -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from runtime import names
 from runtime.errors import BundleError
+from runtime.kv_cache import round_capacity
 from runtime.manifest import Manifest
 
 
@@ -28,10 +29,22 @@ def check_tables(manifest: Manifest) -> None:
                 f"{name}'s caches are not those of layers {layers[0]} to {layers[-1]} with {g.kv_heads} key-value heads of {g.head_size}: "
                 "export the bundle again"
             )
+        lengths = {tensor.shape[2] for tensor in manifest.graphs[name].inputs if tensor.name.startswith(names.PAST)}
+        static = round_capacity(manifest.max_context) if manifest.kv_write == names.TENSOR_SCATTER else None
+        if any(length != static if isinstance(length, int) else static is not None for length in lengths):
+            raise BundleError(
+                f"{name}'s caches have the length {', '.join(map(str, lengths))}, and kv_write {manifest.kv_write} with a context of "
+                f"{manifest.max_context} means {static or 'any'}: export the bundle again"
+            )
     for keep in manifest.budgets:
         shapes = {t.name: t.shape for t in manifest.graphs[names.score_graph(keep)].outputs}
         if shapes.get(names.KEPT_INDICES) != (keep,):
             raise BundleError(f"the graph {names.score_graph(keep)} does not keep {keep} tokens: export the bundle again")
+
+
+def first_capacity(manifest: Manifest, tokens: int) -> int:
+    """Rows that a cache for `tokens` begins with: all of them where the graphs take one length alone."""
+    return manifest.max_context if manifest.kv_write == names.TENSOR_SCATTER else tokens
 
 
 def dtype_of_halves(manifest: Manifest) -> str:

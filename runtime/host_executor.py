@@ -13,7 +13,7 @@ from runtime.engines.base import Engine
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, version
 from runtime.errors import BundleError
 from runtime.generation import Stopwatch
-from runtime.graph_tables import check_tables, dtype_of_halves
+from runtime.graph_tables import check_tables, dtype_of_halves, first_capacity
 from runtime.kv_cache import KVGroup
 from runtime.manifest import Manifest
 from runtime.token_table import TokenTable
@@ -43,7 +43,8 @@ class HostExecutor:
 
     def new_group(self, graph: str, layers: range, tokens: int) -> KVGroup:
         g = self.manifest.geometry
-        return KVGroup(layers, g.kv_heads, g.head_size, tokens, self.manifest.max_context, self._dtype)
+        rows = first_capacity(self.manifest, tokens)
+        return KVGroup(layers, g.kv_heads, g.head_size, rows, self.manifest.max_context, self._dtype)
 
     def embed(self, input_ids: np.ndarray, visual_rows: np.ndarray, pixel_values: np.ndarray | None, watch: Stopwatch) -> np.ndarray:
         """[1, S, d] of the halves' type: rows of the token table, and the images' rows at `visual_rows`."""

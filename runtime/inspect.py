@@ -18,6 +18,7 @@ from runtime.command_line import CommandParser, run_command
 
 if TYPE_CHECKING:
     from runtime.inspection import Inspection
+    from runtime.manifest import Manifest
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,12 +65,17 @@ def describe(found: Inspection) -> str:
 
 def _facts(found: Inspection) -> list[str]:
     from runtime.inspection import SCORE_WORDS
+    from runtime.manifest import TARGETS_SCHEMA
 
     m, g = found.manifest, found.manifest.geometry
     budgets = ", ".join(f"keep {b.keep} of {g.visual_tokens} ({b.average_keep:.1f} on average over the layers)" for b in found.budgets)
     rows = [
         ("bundle", f"{found.bundle}, schema {m.schema_version}, made {m.created} by version {m.tool_version}"),
-        ("model", f"{m.model} (family {m.family}) for target {m.target}, weights in {m.precision}"),
+        (
+            "model",
+            f"{m.model} (family {m.family}) for target{'s' if m.variants else ''} {', '.join(m.targets)}, weights in {_precisions(m)}",
+        ),
+        *(("target", _target_words(m.variant(target))) for target in m.targets if m.schema_version >= TARGETS_SCHEMA),
         ("source", f"checkpoint {m.source.checkpoint}, revision {m.source.revision}"),
         (
             "decoder",
@@ -86,6 +92,17 @@ def _facts(found: Inspection) -> list[str]:
     return [f"{name:<10}{text}" for name, text in rows]
 
 
+def _precisions(m: Manifest) -> str:
+    return ", ".join(dict.fromkeys(m.variant(target).precision for target in m.targets))
+
+
+def _target_words(m: Manifest) -> str:
+    """One target: what runs it, its precision, how it writes the cache, and its engines."""
+    libraries = {f"{e.library} {e.library_version} for {', '.join(f'SM{c}' for c in e.capabilities) or 'one device'}" for e in m.engines}
+    compiled = f"; engines of {', '.join(sorted(libraries))}" if libraries else ""
+    return f"{m.target}: {m.engine or 'onnxruntime'}, {m.precision}, the cache is written by {m.kv_write}{compiled}"
+
+
 def _auto_words(threshold: float) -> str:
     return (
         f"keep auto chooses a budget for the images of each message: the smallest that holds {100 * threshold:g} % of the scores' mass "
@@ -98,22 +115,25 @@ def _needs(found: Inspection) -> list[str]:
 
     m = found.manifest
     here = "not installed here" if found.engine_version is None else f"here: {found.engine_version}"
-    lines = [
-        f"Needs ONNX Runtime ({here}) with numpy, tokenizers, Pillow and Jinja; neither torch nor the checkpoint",
-        f"Memory, one conversation with one image at the full context of {m.max_context} tokens",
-        f"  {'':<38}" + "".join(f"{name:>14}" for name in (_setting(need.keep) for need in found.memory)),
-    ]
-    rows = (
-        ("weights", [n.weights_bytes for n in found.memory]),
-        ("KV cache before the split", [n.kv_pre_bytes for n in found.memory]),
-        ("KV cache after the split", [n.kv_post_bytes for n in found.memory]),
-        ("token table (mapped, read row by row)", [n.embedding_bytes for n in found.memory]),
-        ("sum", [n.total_bytes for n in found.memory]),
-    )
-    lines += [f"  {name:<38}" + "".join(f"{format_bytes(value):>14}" for value in values) for name, values in rows]
-    if m.memory is not None:
-        words = f"planned when it was built for {m.target}, with activations and the process, keep {m.memory.keep}"
-        lines.append(f"  {format_bytes(m.memory.total_bytes)} {words}")
+    lines = [f"Needs ONNX Runtime ({here}) with numpy, tokenizers, Pillow and Jinja; neither torch nor the checkpoint"]
+    for target, needs in {m.target: found.memory, **found.memory_of_others}.items():
+        which = f" on {target}" if m.variants else ""
+        lines += [
+            f"Memory{which}, one conversation with one image at the full context of {m.max_context} tokens",
+            f"  {'':<38}" + "".join(f"{name:>14}" for name in (_setting(need.keep) for need in needs)),
+        ]
+        rows = (
+            ("weights", [n.weights_bytes for n in needs]),
+            ("KV cache before the split", [n.kv_pre_bytes for n in needs]),
+            ("KV cache after the split", [n.kv_post_bytes for n in needs]),
+            ("token table (mapped, read row by row)", [n.embedding_bytes for n in needs]),
+            ("sum", [n.total_bytes for n in needs]),
+        )
+        lines += [f"  {name:<38}" + "".join(f"{format_bytes(value):>14}" for value in values) for name, values in rows]
+        memory = m.variant(target).memory
+        if memory is not None:
+            words = f"planned when it was built for {target}, with activations and the process, keep {memory.keep}"
+            lines.append(f"  {format_bytes(memory.total_bytes)} {words}")
     return [
         *lines,
         "  from the files' sizes and the geometry; activations and copies that the engine packs come on top: runtime.profile measures",
@@ -158,12 +178,16 @@ def _setting(keep: int | None) -> str:
 def _graphs(found: Inspection) -> list[str]:
     from runtime.inspection import tensor_rows
 
-    lines = ["Graphs"]
-    for name, graph in found.manifest.graphs.items():
-        lines.append(f"  {name}  ({graph.file})")
-        for direction, tensors in (("in", graph.inputs), ("out", graph.outputs)):
-            for tensor in tensor_rows(tensors):
-                lines.append(f"    {direction:<5}{tensor.name:<34}{tensor.dtype:<9}[{', '.join(map(str, tensor.shape))}]")
+    lines, told = ["Graphs"], set[str]()
+    for target in found.manifest.targets:
+        for name, graph in found.manifest.variant(target).graphs.items():
+            if graph.file in told:
+                continue
+            told.add(graph.file)
+            lines.append(f"  {name}  ({graph.file})")
+            for direction, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+                for tensor in tensor_rows(tensors):
+                    lines.append(f"    {direction:<5}{tensor.name:<34}{tensor.dtype:<9}[{', '.join(map(str, tensor.shape))}]")
     return lines
 
 

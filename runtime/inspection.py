@@ -69,11 +69,14 @@ class MemoryNeed:
     def of(cls, manifest: Manifest, keep: int | None) -> MemoryNeed:
         g, k, context = manifest.geometry, manifest.split_layer, manifest.max_context
         dropped = 0 if keep is None else max(0, g.visual_tokens - keep)
-        weights = sum(info.bytes for name, info in manifest.files.items() if name.endswith(".bin") and name != manifest.embedding)
+        weights = sum(manifest.files[name].bytes for name in manifest.weight_files)
         table = manifest.files[manifest.embedding].bytes
         value = CACHE_BYTES[next(t.dtype for t in manifest.graphs[names.PRE_ECL].inputs if t.name.startswith(names.PAST))]
+        kept = max(1, context - dropped)
+        if manifest.kv_write != names.IN_PLACE:  # engines take caches of one length alone
+            context = kept = -(-context // names.ROUND_TO) * names.ROUND_TO
         pre = context * g.kv_bytes_per_token(k, value)
-        post = max(1, context - dropped) * g.kv_bytes_per_token(g.layers - k, value)
+        post = kept * g.kv_bytes_per_token(g.layers - k, value)
         return cls(keep, weights, table, pre, post, weights + table + pre + post)
 
 
@@ -115,7 +118,10 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Everything about one bundle. `hashes`: files were compared with their SHA-256, not only with their sizes."""
+    """Everything about one bundle. `hashes`: files were compared with their SHA-256, not only with their sizes.
+
+    `memory` is of the first target, `memory_of_others` of the rest by name.
+    """
 
     bundle: str
     manifest: Manifest
@@ -127,6 +133,7 @@ class Inspection:
     verification: Verification
     engine_version: str | None
     backends: tuple[Readiness, ...]
+    memory_of_others: dict[str, tuple[MemoryNeed, ...]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -150,6 +157,7 @@ def inspect_bundle(bundle: Path, *, hashes: bool = True) -> Inspection:
         memory=tuple(MemoryNeed.of(manifest, keep) for keep in settings),
         flops=_flops(manifest, settings), verification=_verification(bundle, manifest, engine), engine_version=engine,
         backends=readiness(manifest),
+        memory_of_others={t: tuple(MemoryNeed.of(manifest.variant(t), keep) for keep in settings) for t in manifest.targets[1:]},
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from runtime import names
 from runtime.errors import ContextLengthError
 
-ROUND_TO = 64  # capacities are multiples of this: attention on a CPU costs by capacity, not by length
+ROUND_TO = names.ROUND_TO
 
 
 class CacheMemory(Protocol):
@@ -79,7 +79,7 @@ class KVGroup:
         self.kv_heads, self.head_size, self.dtype, self.fixed = kv_heads, head_size, dtype, fixed
         self.buffers: dict[str, Any] = {}
         self._memory = memory or HostMemory()
-        self._memory.allocate(self, fixed or min(_round_up(capacity), _round_up(limit)))
+        self._memory.allocate(self, fixed or min(round_capacity(capacity), round_capacity(limit)))
 
     @property
     def buffer_names(self) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ class KVGroup:
             raise ContextLengthError(f"{needed} tokens exceed the maximum context of {self.limit}: shorten the prompt, or {self._remedy}")
         if needed <= self.capacity:
             return
-        self._memory.grow(self, min(max(2 * self.capacity, _round_up(needed)), _round_up(self.limit)))
+        self._memory.grow(self, min(max(2 * self.capacity, round_capacity(needed)), round_capacity(self.limit)))
         self.generation += 1
 
     def advance(self, rows: int) -> None:
@@ -136,5 +136,6 @@ class KVGroup:
         return keys, values
 
 
-def _round_up(rows: int) -> int:
+def round_capacity(rows: int) -> int:
+    """The capacity of a cache that holds `rows` tokens."""
     return -(-rows // ROUND_TO) * ROUND_TO

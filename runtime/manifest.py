@@ -9,78 +9,31 @@ import dataclasses
 import hashlib
 import json
 import os
-import types
-import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runtime.engine_info import EngineInfo
-from runtime.errors import BundleError, StorageError, shown
+from runtime.errors import BundleError, StorageError, UsageError, shown
+from runtime.manifest_parts import FileInfo as FileInfo
+from runtime.manifest_parts import Geometry as Geometry
+from runtime.manifest_parts import GraphInfo as GraphInfo
+from runtime.manifest_parts import Source as Source
+from runtime.manifest_parts import TensorInfo as TensorInfo
+from runtime.manifest_parts import Variant as Variant
+from runtime.manifest_parts import check_positive
 from runtime.memory_plan import MemoryPlan
-from runtime.names import MANIFEST_FILE, SCORE_MODES, SCORELESS_MODES, score_graph
+from runtime.names import APPEND, IN_PLACE, KV_WRITES, MANIFEST_FILE, SCORE_MODES, SCORELESS_MODES, score_graph
+from runtime.typed_json import build_typed as build_typed
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 AUTO_KEEP_SCHEMA = MEMORY_SCHEMA = 2  # from here on there are `auto_keep` and `memory`
+TARGETS_SCHEMA = 3  # from here on there are `engine`, `kv_write` and `variants`, and measured figures in `memory`
+RUNS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx")  # what `engine` may be
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_CONTEXT = 1 << 24
 MAX_NAME = 200
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One graph input or output: numpy dtype name, and a shape of sizes and symbolic dimension names."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GraphInfo:
-    """One engine graph: the ONNX file inside the bundle and its whole I/O table."""
-
-    file: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """One file of the bundle: its size and SHA-256 (hexadecimal)."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """The decoder's numbers that the runtime needs; `visual_tokens` is what one image gives (N of one image)."""
-
-    layers: int
-    hidden_size: int
-    query_heads: int
-    kv_heads: int
-    head_size: int
-    vocab_size: int
-    position_rows: int
-    visual_tokens: int
-
-    def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            _check_positive(entry.name, getattr(self, entry.name))
-
-    def kv_bytes_per_token(self, layers: int, bytes_per_value: int = 4) -> int:
-        """Bytes one token takes in the KV cache of `layers` layers."""
-        return 2 * layers * self.kv_heads * self.head_size * bytes_per_value
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the weights came from: checkpoint directory's name, and the SHA-256 over its weight files' own hashes."""
-
-    checkpoint: str
-    revision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +45,10 @@ class Manifest:
     after row. `image_token` is the placeholder's text in a rendered prompt. `auto_keep` is the share of the scores' mass that the budget
     chosen for an image must hold (`runtime.budgets`); None where the bundle offers no choice. `memory` is what the
     bundle needs of its target; None in bundles of before. `engines` are what `runtime.compile` made of the graphs.
+
+    `target`, `precision`, `engine`, `kv_write`, `graphs`, `memory` and `engines` are those of the first target, `variants` those of the
+    others by name; `variant` gives any of them as a manifest of its own. `engine` is one of `RUNS` (None: ONNX Runtime, or a bundle
+    that does not say), `kv_write` one of `runtime.names.KV_WRITES`.
     """
 
     schema_version: int
@@ -116,11 +73,14 @@ class Manifest:
     memory: MemoryPlan | None = None
     auto_keep: float | None = None
     engines: tuple[EngineInfo, ...] = ()
+    engine: str | None = None
+    kv_write: str = IN_PLACE
+    variants: dict[str, Variant] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 1 <= self.schema_version <= SCHEMA_VERSION:
             raise BundleError(f"schema_version {self.schema_version} is outside 1..{SCHEMA_VERSION}: export the bundle again")
-        _check_positive("max_context", self.max_context)
+        check_positive("max_context", self.max_context)
         if self.max_context > MAX_CONTEXT or self.geometry.visual_tokens > self.max_context:
             raise BundleError(
                 f"an image has {self.geometry.visual_tokens} visual tokens in a context of {self.max_context}; a context holds an image "
@@ -132,23 +92,102 @@ class Manifest:
             raise BundleError(f"split_layer {self.split_layer} is outside 1..{self.geometry.layers - 1}: export the bundle again")
         if self.score_mode not in SCORE_MODES:
             raise BundleError(f"unknown score_mode {self.score_mode!r:.60}: export the bundle again, or upgrade")
-        missing = [b for b in self.budgets if score_graph(b) not in self.graphs]
-        if missing or not self.budgets:
-            raise BundleError(f"no score graph for the budgets {missing or '(none listed)'}: export the bundle again")
+        if not self.budgets:
+            raise BundleError("no score graph for the budgets (none listed): export the bundle again")
         if self.auto_keep is not None:
             self._check_auto_keep(self.auto_keep)
         if self.memory is not None and self.schema_version < MEMORY_SCHEMA:
             raise BundleError(
                 f"memory is an entry of schema {MEMORY_SCHEMA}, the bundle has {self.schema_version}: export the bundle again"
             )
-        for name in (*self.files, *(g.file for g in self.graphs.values()), self.embedding, *(e.file for e in self.engines)):
+        if self.schema_version < TARGETS_SCHEMA and (self.engine is not None or self.kv_write != IN_PLACE or self.variants):
+            raise BundleError(
+                f"engine, kv_write and variants are entries of schema {TARGETS_SCHEMA}, the bundle has {self.schema_version}: "
+                "export the bundle again"
+            )
+        if self.target in self.variants:
+            raise BundleError(f"the target {self.target!r:.60} is there twice: export the bundle again")
+        for name in (*self.files, self.embedding):
             _check_inside(name)
-        for name in (*(g.file for g in self.graphs.values()), self.embedding, *(e.file for e in self.engines)):
+        if self.embedding not in self.files:
+            raise BundleError(f"{self.embedding} is used but not listed among the bundle's files: export the bundle again")
+        self._check_target(self.engine, self.kv_write, self.graphs, self.engines)
+        for variant in self.variants.values():
+            self._check_target(variant.engine, variant.kv_write, variant.graphs, variant.engines)
+
+    def _check_target(
+        self, engine: str | None, kv_write: str, graphs: Mapping[str, GraphInfo], engines: Sequence[EngineInfo]
+    ) -> None:  # fmt: skip
+        """What a target of the bundle names must be there."""
+        if engine not in (None, *RUNS) or kv_write not in KV_WRITES:
+            raise BundleError(f"unknown engine {engine!r:.60} or kv_write {kv_write!r:.60}: export the bundle again, or upgrade")
+        missing = [b for b in self.budgets if score_graph(b) not in graphs]
+        if missing:
+            raise BundleError(f"no score graph for the budgets {missing}: export the bundle again")
+        for name in (*(g.file for g in graphs.values()), *(e.file for e in engines)):
+            _check_inside(name)
             if name not in self.files:
                 raise BundleError(f"{name} is used but not listed among the bundle's files: export the bundle again")
-        strangers = [e.graph for e in self.engines if e.graph not in self.graphs]
+        strangers = [e.graph for e in engines if e.graph not in graphs]
         if strangers:
             raise BundleError(f"there is an engine of {strangers[0]!r:.60}, and no such graph: export and compile the bundle again")
+
+    # ------------------------------------------------------------ targets
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the targets that the bundle was built for, the first one's entries at the manifest's top."""
+        return (self.target, *self.variants)
+
+    def variant(self, target: str) -> Manifest:
+        """The bundle as one target sees it: a manifest with that target's entries at its top, and no others.
+
+        Raises:
+            UsageError: the bundle was not built for it; the message lists what it was built for.
+        """
+        if target == self.target:
+            return dataclasses.replace(self, variants={}) if self.variants else self
+        if target not in self.variants:
+            raise UsageError(f"the bundle was not built for target {target!r:.60}: choose {' or '.join(self.targets)}, or export it again")
+        own = self.variants[target]
+        return dataclasses.replace(
+            self, target=target, engine=own.engine, precision=own.precision, kv_write=own.kv_write, graphs=own.graphs, memory=own.memory,
+            engines=own.engines, variants={},
+        )  # fmt: skip
+
+    def with_variant(self, changed: Manifest) -> Manifest:
+        """The whole manifest again, with one target's memory and engines, and the files, as a caller changed them in its `variant`."""
+        if changed.target == self.target:
+            return dataclasses.replace(self, files=changed.files, memory=changed.memory, engines=changed.engines)
+        own = dataclasses.replace(self.variants[changed.target], memory=changed.memory, engines=changed.engines)
+        return dataclasses.replace(self, files=changed.files, variants={**self.variants, changed.target: own})
+
+    def for_engine(self, engine: str) -> Manifest | None:
+        """The target to run with an engine: one made for it, else one with compiled engines of it, else graphs that it can run as they are.
+
+        Args:
+            engine: one of `RUNS`.
+
+        Raises:
+            UsageError: there is no such engine.
+        """
+        if engine not in RUNS:
+            raise UsageError(f"unknown engine {engine!r:.60}: choose one of {', '.join(RUNS)}")
+        all_of_them = [self.variant(target) for target in self.targets]
+        made = [m for m in all_of_them if m.engine == engine or (engine == "onnxruntime" and m.engine is None and m.target == "cpu")]
+        compiled = [m for m in all_of_them if any(e.library == engine for e in m.engines)]
+        runnable = [m for m in all_of_them if engine == "onnxruntime" and m.precision in ("fp32", "fp16")]
+        if engine == "onnxruntime-cuda":
+            runnable = [m for m in all_of_them if m.kv_write != APPEND]
+            runnable.sort(key=lambda m: m.precision == "fp32")  # a GPU is made for 16 bits
+        return next(iter((*made, *compiled, *runnable)), None)
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The files that hold the first target's weights, the token table left out."""
+        files = [name for name in self.files if name.endswith(".bin") and name != self.embedding]
+        own = [name for name in files if f".{self.precision}." in name]
+        return tuple(own or files)
 
     def _check_auto_keep(self, threshold: float) -> None:
         if not 0 < threshold <= 1:  # false for NaN
@@ -164,16 +203,20 @@ class Manifest:
     def to_json(self) -> str:
         """The text of bundle.json; without the entries that this bundle does not use, as every schema reads it."""
         entries = dataclasses.asdict(self)
-        for name in ("auto_keep", "memory", "engines"):
-            if not entries[name]:
+        unused: dict[str, object] = {"auto_keep": None, "memory": None, "engines": (), "engine": None, "kv_write": IN_PLACE, "variants": {}}
+        for name, default in unused.items():
+            if entries[name] == default:
                 del entries[name]
+        for own in (entries, *entries.get("variants", {}).values()):
+            _leave_out_unused(own.get("memory"))
         return json.dumps(entries, indent=2) + "\n"
 
     def export_sha256(self) -> str:
-        """SHA-256 of the manifest as it was exported: compiling engines leaves it as it is."""
-        engines = {engine.file for engine in self.engines}
+        """SHA-256 of the manifest as it was exported: compiling engines, for whatever target, leaves it as it is."""
+        engines = {engine.file for name in self.targets for engine in self.variant(name).engines}
         files = {name: info for name, info in self.files.items() if name not in engines}
-        return hashlib.sha256(dataclasses.replace(self, files=files, engines=()).to_json().encode()).hexdigest()
+        variants = {name: dataclasses.replace(variant, engines=()) for name, variant in self.variants.items()}
+        return hashlib.sha256(dataclasses.replace(self, files=files, engines=(), variants=variants).to_json().encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -190,9 +233,13 @@ class Manifest:
         return result
 
 
-def schema_for(auto_keep: float | None, memory: MemoryPlan | None = None) -> int:
-    """The schema a bundle is written in: the oldest that has all of its entries, so that no runtime refuses what it could run."""
-    return max(1 if auto_keep is None else AUTO_KEEP_SCHEMA, 1 if memory is None else MEMORY_SCHEMA)
+def schema_for(auto_keep: float | None, memory: MemoryPlan | None = None, *, targets: bool = False) -> int:
+    """The schema a bundle is written in: the oldest that has all of its entries, so that no runtime refuses what it could run.
+
+    Args:
+        targets: whether it has an entry of `TARGETS_SCHEMA`.
+    """
+    return max(1 if auto_keep is None else AUTO_KEEP_SCHEMA, 1 if memory is None else MEMORY_SCHEMA, TARGETS_SCHEMA if targets else 1)
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -264,39 +311,19 @@ def sha256_of(path: Path) -> str:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
+def _leave_out_unused(memory: dict[str, Any] | None) -> None:
+    """Takes those entries out of a memory plan that runtimes of before `TARGETS_SCHEMA` do not know, where they say nothing."""
+    if memory is None:
+        return
+    if memory["head_pieces"] == 1:
+        del memory["head_pieces"]
+    for item in memory["items"]:
+        if item["planned_bytes"] is None:
+            del item["planned_bytes"]
+
+
 def _check_inside(name: str) -> None:
     parts = name.replace("\\", "/").split("/")
     odd = len(name) > MAX_NAME or not name.isprintable()  # control characters, and what is no Unicode text
     if odd or os.path.isabs(name) or ":" in name or {"", ".", ".."} & set(parts):
         raise BundleError(f"the manifest names {name!r:.80}, which is not a path inside the bundle: export the bundle again")
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise BundleError(f"{name} is {value}, expected 1 or more: export the bundle again")
-
-
-def build_typed(kind: Any, value: Any, where: str) -> Any:
-    """Makes a typed value out of parsed JSON; raises BundleError, which says which entry is wrong."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType) and type(None) in typing.get_args(kind):  # an optional entry
-        (kind,) = (member for member in typing.get_args(kind) if member is not type(None))
-        return None if value is None else build_typed(kind, value, where)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise BundleError(f"{where}: expected an object, got {type(value).__name__}: export the bundle again")
-        hints = typing.get_type_hints(kind)
-        needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
-        wrong = sorted(needed - set(value)) or sorted(set(value) - set(hints))
-        if wrong:
-            raise BundleError(f"{where}: missing or unknown entries {wrong}: export the bundle again")
-        return kind(**{k: build_typed(hints[k], v, f"{where}: {k}") for k, v in value.items()})
-    if origin is tuple and isinstance(value, list):
-        return tuple(build_typed(typing.get_args(kind)[0], v, where) for v in value)
-    if origin is dict and isinstance(value, dict):
-        return {k: build_typed(typing.get_args(kind)[1], v, f"{where}: {k}") for k, v in value.items()}
-    accepted = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (kind,)
-    accepted = (*accepted, int) if float in accepted else accepted
-    if origin in (tuple, dict) or not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise BundleError(f"{where}: {value!r:.60} has the wrong type: export the bundle again")
-    return value

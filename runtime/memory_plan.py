@@ -12,21 +12,26 @@ from dataclasses import dataclass
 
 from runtime.errors import BundleError
 
-DEVICE, HOST = "device", "host"
+DEVICE, SHARED, HOST = "device", "shared", "host"
 EXACT, ESTIMATED, ASSUMED, MEASURED = "exact", "estimated", "assumed", "measured"
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryItem:
-    """One row: `place` is DEVICE or HOST; `basis` is EXACT (from shapes), ESTIMATED (a formula), ASSUMED (a constant) or MEASURED."""
+    """One row: `place` is DEVICE, SHARED or HOST; `basis` is EXACT (from shapes), ESTIMATED (a formula), ASSUMED (a constant) or MEASURED.
+
+    SHARED is device memory that engines use in turn: of all such rows the largest counts. `planned_bytes` is what a MEASURED row was
+    planned as.
+    """
 
     name: str
     bytes: int
     place: str
     basis: str
+    planned_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bytes < 0 or self.place not in (DEVICE, HOST) or self.basis not in (EXACT, ESTIMATED, ASSUMED, MEASURED):
+        if self.bytes < 0 or self.place not in (DEVICE, SHARED, HOST) or self.basis not in (EXACT, ESTIMATED, ASSUMED, MEASURED):
             raise BundleError(f"memory item {self.name!r:.80} is malformed ({self.bytes} bytes, {self.place}, {self.basis}): export again")
 
 
@@ -37,6 +42,7 @@ class MemoryPlan:
     `memory_bytes` is the device's (None: not known), of which `reserve_bytes` are not the bundle's. `export_peak_bytes` and
     `compile_peak_bytes` (0: nothing is compiled) are peaks of making the bundle, not of running it. `largest_allocation_bytes` is the
     largest single piece that running or compiling asks for; more than `max_allocation_bytes` (None: no limit known) may fail.
+    `head_pieces` is into how many products the language-model head is split for that.
     """
 
     precision: str
@@ -50,6 +56,7 @@ class MemoryPlan:
     compile_peak_bytes: int
     largest_allocation_bytes: int
     max_allocation_bytes: int | None = None
+    head_pieces: int = 1
 
     def __post_init__(self) -> None:
         sizes = (self.reserve_bytes, self.export_peak_bytes, self.compile_peak_bytes, self.largest_allocation_bytes, self.memory_bytes or 0)
@@ -60,7 +67,12 @@ class MemoryPlan:
 
     @property
     def device_bytes(self) -> int:
-        return sum(item.bytes for item in self.items if item.place == DEVICE)
+        return sum(item.bytes for item in self.items if item.place == DEVICE) + self.shared_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """The one buffer that engines use in turn."""
+        return max((item.bytes for item in self.items if item.place == SHARED), default=0)
 
     @property
     def host_bytes(self) -> int:
@@ -88,7 +100,7 @@ class MemoryPlan:
         raise KeyError(f"the memory plan has no item {name!r}")
 
     def with_measured(self, figures: Mapping[str, int]) -> MemoryPlan:
-        """The same plan with measured bytes in place of what was estimated or assumed.
+        """The same plan with measured bytes in place of the planned ones, which are kept beside.
 
         Args:
             figures: bytes by item name, for example an engine log's activation memory.
@@ -98,7 +110,15 @@ class MemoryPlan:
         """
         for name in figures:
             self.bytes_of(name)
-        items = tuple(
-            dataclasses.replace(item, bytes=figures[item.name], basis=MEASURED) if item.name in figures else item for item in self.items
-        )
+        items = tuple(_measured(item, figures[item.name]) if item.name in figures else item for item in self.items)
         return dataclasses.replace(self, items=items)
+
+    @property
+    def measured(self) -> tuple[MemoryItem, ...]:
+        """The rows that were measured."""
+        return tuple(item for item in self.items if item.basis == MEASURED)
+
+
+def _measured(item: MemoryItem, size: int) -> MemoryItem:
+    planned = item.bytes if item.planned_bytes is None else item.planned_bytes
+    return dataclasses.replace(item, bytes=size, basis=MEASURED, planned_bytes=planned)

@@ -34,6 +34,11 @@ VERIFY_FILE = "verify.json"
 SCORE_MODES = ("trace", "row", "raw", "dpp", "random", "energy-high", "energy-low", "uniform")
 SCORELESS_MODES = ("random", "uniform")  # their scores look at no activation
 
+# How a decoder half's graph writes its cache: `export.graphs.kv_write` has the forms.
+ROUND_TO = 64  # capacities are multiples of this: attention on a CPU costs by capacity, not by length
+IN_PLACE, TENSOR_SCATTER, APPEND = "in_place", "tensor_scatter", "append"
+KV_WRITES = (IN_PLACE, TENSOR_SCATTER, APPEND)
+
 
 def past_key(layer: int) -> str:
     """Input: the key cache of a layer."""

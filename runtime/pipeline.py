@@ -74,7 +74,7 @@ def load(
     if shared_threads:
         ThreadPool.use(threads)
     name, executor = open_backend(path, manifest, backend, device_index, threads)
-    return VisionLanguageModel(path, manifest, threads, cache_bytes, backend=name, executor=executor)
+    return VisionLanguageModel(path, executor.manifest, threads, cache_bytes, backend=name, executor=executor)
 
 
 class VisionLanguageModel:

@@ -240,7 +240,7 @@ def test_a_bundle_that_is_none_or_too_new_says_so(site: Site, refused: Refused, 
     path = site.bundle / MANIFEST_FILE
     text = path.read_text()
     path.write_text(text.replace('"schema_version": 2', '"schema_version": 99'))
-    refused(module, argv(site.bundle), "the bundle has schema 99, this version reads up to 2: upgrade, or export it again")
+    refused(module, argv(site.bundle), "the bundle has schema 99, this version reads up to 3: upgrade, or export it again")
     path.write_text(text[: len(text) // 2])
     refused(module, argv(site.bundle), "bundle.json is not valid JSON")
     path.write_text(text.replace('"budgets"', '"bugdets"'))

@@ -38,7 +38,7 @@ import onnx_ir as ir
 
 from export.graphs.builder import GraphBuilder
 from export.graphs.kv_write import APPEND, IN_PLACE, KVWrite, check_form, make_kv_write, opset_of
-from export.spec import DecoderSpec
+from export.spec import DecoderSpec, head_widths
 from export.weights import WeightFile
 from runtime import names
 from runtime.errors import UsageError
@@ -53,10 +53,11 @@ class HalfSpec:
 
     `score_states` (pre_ecl) asks for the last layer's queries; `head` (post_ecl) adds the final norm and the language-model
     head; `debug` adds taps; `dtype` is that of weights, activations and cache; `kv_write` is the form of the cache's write and
-    `capacity` its length C in tokens (None: dynamic), see `export.graphs.kv_write`.
+    `capacity` its length C in tokens (None: dynamic), see `export.graphs.kv_write`. `head_pieces` is into how many products the
+    language-model head is split, by columns of the vocabulary, for engines that cannot allocate what the whole takes to compile.
 
     Raises:
-        UsageError: an unknown dtype or form, or a form without the capacity that it needs.
+        UsageError: an unknown dtype or form, a form without the capacity that it needs, or fewer than one piece.
     """
 
     name: str
@@ -68,8 +69,11 @@ class HalfSpec:
     dtype: str = "float32"
     kv_write: str = IN_PLACE
     capacity: int | None = None
+    head_pieces: int = 1
 
     def __post_init__(self) -> None:
+        if self.head_pieces < 1:
+            raise UsageError(f"the head cannot be split into {self.head_pieces} pieces; expected 1 or more")
         if self.dtype not in HALF_DTYPES:
             raise UsageError(f"a decoder half of dtype {self.dtype!r} cannot be built; expected one of {', '.join(HALF_DTYPES)}")
         check_form(self.kv_write, self.capacity)
@@ -83,10 +87,14 @@ def pre_ecl(
 
 
 def post_ecl(
-    split_layer: int, layers: int, *, dtype: str = "float32", debug: bool = False, kv_write: str = IN_PLACE, capacity: int | None = None
-) -> HalfSpec:
+    split_layer: int, layers: int, *, dtype: str = "float32", debug: bool = False, kv_write: str = IN_PLACE, capacity: int | None = None,
+    head_pieces: int = 1,
+) -> HalfSpec:  # fmt: skip
     """Layers K..L-1, norm and head."""
-    return HalfSpec(names.POST_ECL, split_layer, layers, head=True, dtype=dtype, debug=debug, kv_write=kv_write, capacity=capacity)
+    return HalfSpec(
+        names.POST_ECL, split_layer, layers, head=True, dtype=dtype, debug=debug, kv_write=kv_write, capacity=capacity,
+        head_pieces=head_pieces,
+    )  # fmt: skip
 
 
 def build_decoder_half(spec: DecoderSpec, half: HalfSpec, read: ReadWeight, weights: WeightFile, max_positions: int) -> GraphBuilder:
@@ -218,13 +226,39 @@ class _DecoderHalf:
 
     def _head(self, hidden: ir.Value, last_index: ir.Value) -> None:
         b, spec = self.b, self.spec
-        head = "embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
+        pieces = self._head_weights()
         if self.half.debug:
-            rows = self.op.MatMul(self._rms_norm(hidden, "norm.weight"), self._weight(head, transpose=True))
-            b.output(self._as_single(rows), names.ALL_LOGITS, "float32", (1, "sequence", spec.vocab_size))
+            rows = self._logits(self._rms_norm(hidden, "norm.weight"), pieces)
+            b.output(rows, names.ALL_LOGITS, "float32", (1, "sequence", spec.vocab_size))
         last = b.reshape(self.op.Gather(hidden, last_index, axis=1), (1, spec.hidden_size))
-        logits = self.op.MatMul(self._rms_norm(last, "norm.weight"), self._weight(head, transpose=True))
-        b.output(self._as_single(logits), names.LOGITS, "float32", (1, spec.vocab_size))
+        logits = self._logits(self._rms_norm(last, "norm.weight"), pieces)
+        b.output(logits, names.LOGITS, "float32", (1, spec.vocab_size))
+
+    def _head_weights(self) -> list[ir.Value]:
+        """The head's matrix [d, vocab], or its pieces by columns."""
+        name = "embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
+        if self.half.head_pieces == 1:
+            return [self._weight(name, transpose=True)]
+        array, pieces, start = self._read(name), [], 0
+        for i, width in enumerate(head_widths(self.spec.vocab_size, self.half.head_pieces)):
+            piece = array[start : start + width].T.astype(self.half.dtype)
+            pieces.append(self.b.weight(self._weights.add(f"{name}.{i + 1}_of_{self.half.head_pieces}", piece)))
+            start += width
+        return pieces
+
+    def _logits(self, normed: ir.Value, pieces: list[ir.Value]) -> ir.Value:
+        """Logits, float32. A piece's input hangs on the piece before, NaN where that is NaN: without it TensorRT merges the pieces again.
+
+        (Seen with TensorRT for RTX 1.7.1, whatever the widths: products of one input become one product over one matrix.)
+        """
+        op, products = self.op, list[ir.Value]()
+        for piece in pieces:
+            if products:
+                first = self.b.slice(products[-1], 0, 1, -1)
+                normed = op.Where(op.IsNaN(first), first, normed)
+            products.append(op.MatMul(normed, piece))
+        singles = [self._as_single(product) for product in products]
+        return singles[0] if len(singles) == 1 else op.Concat(*singles, axis=-1)
 
     def _as_single(self, x: ir.Value) -> ir.Value:
         return x if self.half.dtype == "float32" else self.b.cast(x, "float32")

@@ -20,11 +20,9 @@ import onnx_ir as ir
 
 from export.graphs.builder import OPSET, GraphBuilder
 from runtime.errors import UsageError
+from runtime.names import APPEND, IN_PLACE, KV_WRITES, TENSOR_SCATTER
 
-IN_PLACE: Final = "in_place"
-TENSOR_SCATTER: Final = "tensor_scatter"
-APPEND: Final = "append"
-KV_WRITES: Final = (IN_PLACE, TENSOR_SCATTER, APPEND)
+__all__ = ["APPEND", "IN_PLACE", "KV_WRITES", "TENSOR_SCATTER", "KVWrite", "check_form", "make_kv_write", "opset_of"]
 TENSOR_SCATTER_OPSET: Final = 24
 MASKED: Final = -1e30  # added to a hidden score: exp() of it is exactly 0 in fp32, and no row is ever all hidden
 

@@ -25,7 +25,7 @@ from runtime.device.memory import Scratch, Stage, round_up
 from runtime.device.rows import DeviceRows, place_images
 from runtime.errors import BundleError, EngineError
 from runtime.generation import Stopwatch
-from runtime.graph_tables import check_tables, dtype_of_halves
+from runtime.graph_tables import check_tables, dtype_of_halves, first_capacity
 from runtime.host_executor import check_rows
 from runtime.kv_cache import KVGroup
 from runtime.manifest import Manifest
@@ -83,6 +83,7 @@ class DeviceExecutor:
 
     def new_group(self, graph: str, layers: range, tokens: int) -> KVGroup:
         g, fixed = self.manifest.geometry, self.engines[graph].capacity
+        tokens = first_capacity(self.manifest, tokens)
         return KVGroup(layers, g.kv_heads, g.head_size, tokens, self.manifest.max_context, self.dtype, self.caches, fixed)
 
     # ------------------------------------------------------------ the stages

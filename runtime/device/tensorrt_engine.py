@@ -25,11 +25,10 @@ class TensorRTEngine(DeviceEngine):
     """One graph's engine with a context for each of its profiles. Made by `tensorrt.load_engines`; closed with its device.
 
     Attributes:
-        capturable: its runs can be recorded; `uncapturable`: why not, and so None.
+        uncapturable: None: its runs can be recorded.
         needed_bytes: activation memory of its neediest profile.
     """
 
-    capturable: Final = True
     uncapturable: str | None = None
 
     def __init__(self, info: EngineInfo, graph: GraphInfo, library: Any, engine: Any, device: CudaDevice, log: BuildLog) -> None:
@@ -37,7 +36,7 @@ class TensorRTEngine(DeviceEngine):
         self._graph, self._library, self._engine, self._device, self._log = graph, library, engine, device, log
         check_tensors(info, graph, library, engine)
         self._sizes = Sizes(graph.inputs, info)
-        self.capacity, self.max_rows = self._sizes.capacity, self._sizes.max_rows
+        self.capacity, self.max_rows, self.row_ranges = self._sizes.capacity, self._sizes.max_rows, self._sizes.row_ranges
         profiles = range(max(1, engine.num_optimization_profiles))
         self.needed_bytes = max(int(engine.get_device_memory_size_for_profile_v2(i)) for i in profiles)
         self._aliases = _aliases(graph, engine)

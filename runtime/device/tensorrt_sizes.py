@@ -19,7 +19,7 @@ CAPACITY = "capacity"
 
 
 class Sizes:
-    """The ranges of a graph's symbolic dimensions in each profile of its engine; `capacity` and `max_rows` as in `DeviceEngine`.
+    """The ranges of a graph's symbolic dimensions in each profile of its engine; `capacity`, `max_rows`, `row_ranges` as in `DeviceEngine`.
 
     Args:
         inputs: the graph's, from the manifest.
@@ -42,6 +42,8 @@ class Sizes:
         self._ranges = tuple(self._of(profile) for profile in info.profiles) or ({},)
         self._order = sorted(range(len(self._ranges)), key=lambda i: sorted(high for _, high in self._ranges[i].values()))
         self.max_rows = max((r[size][1] for r in self._ranges for size in ROWS if size in r), default=None)
+        rows = [r[size] for r in self._ranges for size in ROWS if size in r]
+        self.row_ranges = tuple(sorted(set(rows)))
         past = next((tensor.shape[2] for tensor in inputs if tensor.name.startswith(names.PAST)), None)
         self.capacity = past if isinstance(past, int) else min((r[CAPACITY][1] for r in self._ranges if CAPACITY in r), default=None)
 

@@ -75,20 +75,26 @@ class OnnxRuntimeEngine:
         self.name = path.stem
         check_session(self._session, self.name, graph)
         self._cache_names = [i.name for i in graph.inputs if i.name.startswith(PAST)]
+        lengths = {tensor.name: tensor.shape[2] for tensor in (*graph.inputs, *graph.outputs) if tensor.name.startswith((PAST, PRESENT))}
+        self._appends = any(lengths[name] != lengths.get(_present(name)) for name in self._cache_names)
         self._bindings: WeakKeyDictionary[KVGroup, tuple[int, dict[tuple[str, ...], ort.IOBinding]]] = WeakKeyDictionary()
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], cache: KVGroup | None = None) -> list[np.ndarray]:
         binding = self._binding(cache, tuple(outputs)) if cache is not None else self._session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
-        for name in outputs:
+        new_rows = [_present(name) for name in self._cache_names] if cache is not None and self._appends else []
+        for name in (*new_rows, *outputs):
             binding.bind_output(name)  # anew each time: the shape may differ
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # as above
             raise EngineError(f"ONNX Runtime could not run {self.name}: {first_line(error)}") from error
-        values = binding.get_outputs()
-        return [v.numpy() for v in values[-len(outputs) :]]
+        values = [value.numpy() for value in binding.get_outputs()[-len(new_rows) - len(outputs) :]]
+        if cache is not None and new_rows:
+            for name, rows in zip(self._cache_names, values, strict=False):
+                cache.buffers[name][:, :, cache.length : cache.length + rows.shape[2]] = rows
+        return values[len(new_rows) :]
 
     def _binding(self, cache: KVGroup, outputs: tuple[str, ...]) -> ort.IOBinding:
         """The cache's buffers bound as inputs and as outputs; kept for each set of outputs until the cache grows."""
@@ -101,7 +107,8 @@ class OnnxRuntimeEngine:
             for name in self._cache_names:
                 value = ort.OrtValue.ortvalue_from_numpy(cache.buffers[name])  # wraps the buffer, does not copy it
                 bindings[outputs].bind_ortvalue_input(name, value)
-                bindings[outputs].bind_ortvalue_output(PRESENT + name.removeprefix(PAST), value)
+                if not self._appends:
+                    bindings[outputs].bind_ortvalue_output(_present(name), value)
         return bindings[outputs]
 
 
@@ -115,6 +122,10 @@ def check_session(session: ort.InferenceSession, name: str, graph: GraphInfo) ->
     for kind, listed, actual in (("input", graph.inputs, session.get_inputs()), ("output", graph.outputs, session.get_outputs())):
         if len(listed) != len(actual) or not all(map(_fits, listed, actual)):
             raise EngineError(f"{name}: its {kind}s are not those of the manifest; export the bundle again")
+
+
+def _present(past: str) -> str:
+    return PRESENT + past.removeprefix(PAST)
 
 
 def _fits(listed: TensorInfo, actual: ort.NodeArg) -> bool:

@@ -55,8 +55,11 @@ class BuiltEngine:
     file: FileInfo
 
 
-def build_engine(spec: EngineSpec) -> BuiltEngine:
+def build_engine(spec: EngineSpec, log: BuildLog | None = None) -> BuiltEngine:
     """Builds and writes one engine. Takes minutes and a few times the weights' bytes of memory for a large graph.
+
+    Args:
+        log: receives what the library logs.
 
     Raises:
         UsageError: the library or a capability is unknown.
@@ -65,7 +68,7 @@ def build_engine(spec: EngineSpec) -> BuiltEngine:
     """
     began = time.perf_counter()
     library = load_library(spec.library)
-    log = BuildLog()
+    log = log or BuildLog()
     with _Output(Path(spec.output)) as output:
         names = _build(library, spec, log, output)
     memory = peak_memory()

@@ -14,6 +14,8 @@ _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 _LAYER = re.compile(r"^ ?Name: (\S+)_myl(\d+)_\d+, LayerType: ", re.MULTILINE)
 _ATTENTION = re.compile(r"^_gem[mv]_mha|^_\w*(?:flash|fmha|mha)", re.IGNORECASE)
+# Moves tensors, transposed or joined, and computes nothing; a copy that is fused with arithmetic has another name.
+_COPY = re.compile(r"^__myl_(?:Tran|Resh|Conc|Slic)*Move(?:Tran|Resh|Conc|Slic|Move)*$")
 _PREFIX = re.compile(r"^(?:\w+: )?(?:[\w.]+:\d+: )?")
 
 
@@ -25,6 +27,7 @@ class BuildLog:
         self.activation_bytes: list[int] = []
         self.listed_layers = 0
         self._attention: Counter[int] = Counter()
+        self._copies: Counter[int] = Counter()
         self._subgraphs: set[int] = set()
         self._errors: deque[str] = deque(maxlen=KEPT_ERRORS)
 
@@ -40,6 +43,7 @@ class BuildLog:
             subgraph = int(layer[2])
             self._subgraphs.add(subgraph)
             self._attention[subgraph] += bool(_ATTENTION.match(layer[1]))
+            self._copies[subgraph] += bool(_COPY.match(layer[1]))
 
     def forget_errors(self) -> None:
         """Starts `failure` anew."""
@@ -49,6 +53,11 @@ class BuildLog:
     def attention_kernels(self) -> tuple[int, ...]:
         """Fused attention kernels of each compiled subgraph, in order; empty where no layers were listed."""
         return tuple(self._attention[subgraph] for subgraph in sorted(self._subgraphs))
+
+    @property
+    def copy_layers(self) -> tuple[int, ...]:
+        """Layers of each compiled subgraph that only copy a tensor (a cache before it is written to, for one), in order."""
+        return tuple(self._copies[subgraph] for subgraph in sorted(self._subgraphs))
 
     @property
     def failure(self) -> str:

@@ -48,7 +48,7 @@ def build_in_child(spec: EngineSpec) -> BuiltEngine:
         with output.open("wb") as said:
             child = subprocess.Popen([sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT)
             try:
-                free, peak = _available_memory(), _run(child, json.dumps(job))
+                free, peak = available_memory(), _run(child, json.dumps(job))
             finally:
                 child.kill()
                 child.wait()
@@ -106,7 +106,8 @@ def _peak_memory_of(process: int) -> int | None:
     return _kilobytes(Path(f"/proc/{process}/status"), "VmHWM:")
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
+    """Bytes of memory that a process can get now; None where the system does not say."""
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from runtime import names
 from runtime.engine_info import Profile, ShapeRange
 from runtime.errors import EngineError, UsageError
-from runtime.kv_cache import ROUND_TO
+from runtime.kv_cache import round_capacity
 from runtime.manifest import Manifest, TensorInfo
 
 DECODE_ROWS = 8
@@ -57,6 +57,7 @@ def profiles_of(manifest: Manifest, graph: str, options: ProfileOptions) -> tupl
 
     Raises:
         EngineError: the graph has a symbolic size that no profile knows.
+        UsageError: a capacity was asked for that the graph's fixed one is not.
     """
     profiles = [make_profile(graph, manifest.graphs[graph].inputs, name, sizes) for name, sizes in _sizes(manifest, graph, options)]
     return tuple(profile for profile in profiles if profile.shapes)
@@ -70,7 +71,12 @@ def _sizes(manifest: Manifest, graph: str, options: ProfileOptions) -> Iterator[
         yield "image", {"images": (1, 1, 1)}
     elif graph in (names.PRE_ECL, names.POST_ECL):
         least, usual = (n, n) if graph == names.PRE_ECL else (min(manifest.budgets), manifest.budgets[0])
-        capacity = options.capacity or -(-limit // ROUND_TO) * ROUND_TO
+        capacity = round_capacity(limit) if options.capacity is None else options.capacity
+        if manifest.kv_write == names.TENSOR_SCATTER and capacity != round_capacity(limit):
+            raise UsageError(
+                f"a capacity of {capacity} tokens does not go with graphs whose caches are fixed at {round_capacity(limit)}: "
+                "leave it out, or export the bundle with another --max-context"
+            )
         text = min(options.text_tokens, limit)
         for name, rows in (
             ("prefill", _within(limit, least, usual + min(USUAL_TEXT_TOKENS, text), all_images + text)),

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import pytest
 
-from export import build, memory
+from export import build, memory, writer
 from export.configs import list_targets, load_model_config, load_target_config
 from export.memory_plan import (
     ACTIVATIONS,
@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_exported_graphs(tiny_bundle: Path, tiny_checkp
     plan = make_plan(options(tiny_checkpoint))
     expected = {name: external_bytes(tiny_bundle / f"{name}.onnx") for name in ("vision", "pre_ecl", "post_ecl")}
     assert graph_weights(plan.memory_request) == expected
-    assert plan.memory.bytes_of(TABLE) == (tiny_bundle / build.EMBEDDING_FILE).stat().st_size
+    assert plan.memory.bytes_of(TABLE) == (tiny_bundle / writer.EMBEDDING_FILE).stat().st_size
 
 
 @pytest.mark.parametrize("shape", [{"tied": True}, {"kv_heads": 2, "attention_bias": True}, {"projector_bias": False, "strategy": "full"}])

@@ -18,7 +18,6 @@ from export import verify
 from export.build import build_bundle
 from export.eager import EagerPrunedLlava
 from export.graph_runs import GraphRun, graph_runs
-from export.graphs import decoder
 from export.plan import BuildOptions, make_plan
 from export.saved_inputs import README_FILE, check_savable, run_profile, save_runs, variables
 from runtime import names
@@ -163,15 +162,10 @@ def test_debug_outputs_and_a_random_score_are_saved_too(tiny_checkpoint: Path, t
 
 
 @pytest.mark.parametrize("form", ["append", "tensor_scatter"])
-def test_other_forms_of_the_caches_write_are_saved_as_they_are(
-    form: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_forms_of_the_caches_write_are_saved_as_they_are(form: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """`append` gives new rows alone, and what comes next is given them in the cache; `tensor_scatter` has a fixed capacity."""
-    halves = {name: getattr(decoder, name) for name in ("pre_ecl", "post_ecl")}
-    for name, half in halves.items():
-        monkeypatch.setattr(decoder, name, lambda *a, half=half, **k: replace(half(*a, **k), kv_write=form, capacity=128))
-    options = BuildOptions("llava15", checkpoint=str(tiny_checkpoint), keep=(4,), split_layer=2, max_context=128)
-    manifest = build_bundle(make_plan(options), tmp_path / "bundle")
+    plan = make_plan(BuildOptions("llava15", checkpoint=str(tiny_checkpoint), keep=(4,), split_layer=2, max_context=128))
+    manifest = build_bundle(replace(plan, target=replace(plan.target, kv_write=form)), tmp_path / "bundle")
     builder = PromptBuilder(tmp_path / "bundle", manifest)
     prompt = builder.build(verify.QUESTION, verify.synthetic_images(1, 56))
     runs = list(graph_runs(tmp_path / "bundle", manifest, prompt, EagerPrunedLlava(tiny_checkpoint, 2, None, "trace")))

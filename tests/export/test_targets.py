@@ -13,6 +13,7 @@ from export.configs import build_table, list_targets, load_target_config
 from export.precision import SCHEMES, scheme_of
 from export.targets import ENGINES, TargetConfig, describe_targets, gib, parse_memory
 from runtime.errors import UsageError
+from runtime.manifest import RUNS
 
 GIB = 1 << 30
 ORINS = {
@@ -74,6 +75,14 @@ def test_every_figure_has_its_source_or_says_that_none_was_found(path: Path) -> 
             assert "#" in line or lines[number - 1].startswith("#"), f"{path.name}: {line}"
 
 
+@pytest.mark.parametrize("name", list_targets())
+def test_every_target_says_how_the_cache_is_written(name: str) -> None:
+    """TensorRT for RTX has TensorScatter; TensorRT 10.3 has not, and JetPack 7.0's may be older than 10.16."""
+    target = load_target_config(name)
+    assert target.kv_write == {"tensorrt-rtx": "tensor_scatter", "tensorrt": "append"}.get(target.engine, "in_place")
+    assert target.library in RUNS
+
+
 # ---------------------------------------------------------------- aliases
 
 
@@ -118,6 +127,8 @@ def test_an_alias_of_nothing_is_refused(table: dict[str, Any], message: str, mon
         ({"reserve_bytes": -1}, "reserve_bytes = -1"),
         ({"bandwidth_gb_s": -2.5}, "bandwidth_gb_s = -2.5; it must be above 0"),
         ({"opset": 0}, "opset = 0; it must be above 0"),
+        ({"kv_write": "somewhere"}, "has kv_write 'somewhere'; known are in_place, tensor_scatter, append"),
+        ({"kv_write": "tensor_scatter", "opset": 21}, "has kv_write tensor_scatter and opset 21; the operator needs 24"),
         ({"unified": "yes"}, "unified = 'yes' has the wrong type; expected bool"),
         ({"libraries": [{"name": "x"}]}, "libraries: missing entry minimum, platform"),
         ({"alias": "cpu"}, "unknown entry alias; known: name, description, engine"),

@@ -69,14 +69,24 @@ class _Tensor:
 
 
 class _Network:
+    """Has the inputs and outputs of the ONNX file that was parsed, or INPUTS and OUTPUTS where there is no such file."""
+
     _module: ModuleType
-    num_inputs, num_outputs = len(INPUTS), len(OUTPUTS)
+    _tables: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]] = (INPUTS, OUTPUTS)
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._tables[0])
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self._tables[1])
 
     def get_input(self, index: int) -> Any:
-        return self._module.__dict__["ITensor"](*list(INPUTS.items())[index])
+        return self._module.__dict__["ITensor"](*list(self._tables[0].items())[index])
 
     def get_output(self, index: int) -> Any:
-        return self._module.__dict__["ITensor"](*list(OUTPUTS.items())[index])
+        return self._module.__dict__["ITensor"](*list(self._tables[1].items())[index])
 
 
 class _Config:
@@ -147,10 +157,11 @@ class _Parser:
     _module: ModuleType
 
     def __init__(self, network: Any, logger: Any) -> None:
-        self._file = ""
+        self._network = network
 
     def parse_from_file(self, path: str) -> bool:
-        self._file = path
+        if Path(path).is_file():
+            self._network._tables = _tables(path)
         return "refused" not in path
 
     @property
@@ -159,6 +170,17 @@ class _Parser:
 
     def get_error(self, index: int) -> Any:
         return self._module.__dict__["ParserError"]()
+
+
+def _tables(path: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Names and shapes (-1: any size) of an ONNX file's inputs and outputs."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    inputs, outputs = (
+        {v.name: tuple(d.dim_value or -1 for d in v.type.tensor_type.shape.dim) for v in side} for side in (graph.input, graph.output)
+    )
+    return inputs, outputs
 
 
 class _ParserError:

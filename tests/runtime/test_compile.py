@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from runtime.engine_info import EngineInfo
 from runtime.engines.tensorrt_builder import BuiltEngine, EngineSpec
 from runtime.errors import BundleError, EngineError, StorageError
 from runtime.inspection import inspect_bundle
-from runtime.manifest import FileInfo, check_files, read_manifest
+from runtime.manifest import FileInfo, Manifest, check_files, read_manifest
 from runtime.names import MANIFEST_FILE
 from runtime.pipeline import load
 from tests.site import Refused, Site, changes, tree
@@ -30,8 +31,11 @@ RTX = CompileOptions("tensorrt_rtx", (86, 89))
 class FakeBuild:
     """Builds an "engine" with `text` in it; raises `error` at the graph `at`."""
 
-    def __init__(self, bundle: Path, text: str = "", at: str | None = None, error: BaseException | None = None) -> None:
-        self.bundle, self.text, self.at, self.error = bundle, text, at, error
+    def __init__(
+        self, bundle: Path, text: str = "", at: str | None = None, error: BaseException | None = None,
+        manifest: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+    ) -> None:  # fmt: skip
+        self.bundle, self.text, self.at, self.error, self.manifest = bundle, text, at, error, manifest
         self.specs: list[EngineSpec] = []
 
     def __call__(self, spec: EngineSpec) -> BuiltEngine:
@@ -40,7 +44,7 @@ class FakeBuild:
         Path(spec.output).write_bytes(data)
         if spec.graph == self.at and self.error is not None:
             raise self.error
-        graph = read_manifest(self.bundle).graphs[spec.graph]
+        graph = self.manifest(read_manifest(self.bundle)).graphs[spec.graph]
         info = EngineInfo(
             graph=spec.graph, file=Path(spec.output).name, library=spec.library, library_version="1.0", capabilities=spec.capabilities,
             profiles=spec.profiles, inputs=tuple(t.name for t in graph.inputs), outputs=tuple(t.name for t in graph.outputs),

@@ -138,7 +138,7 @@ def test_engines_say_what_they_take(make: Callable[..., Setup]) -> None:
         "vision": ("vision", None, None), "pre_ecl": ("pre_ecl", CAPACITY, 44), "post_ecl": ("post_ecl", CAPACITY, 44),
         "score.4": ("score.4", None, 32), "score.2": ("score.2", None, 32),
     }  # fmt: skip
-    assert all(engine.capturable for engine in engines.values())
+    assert all(engine.uncapturable is None for engine in engines.values())
 
 
 @pytest.mark.parametrize("key", [OLD, RTX])
