@@ -25,12 +25,12 @@ from export.graphs.builder import GraphBuilder
 from export.graphs.clip import build_clip_vision
 from export.graphs.decoder import build_decoder_half, post_ecl, pre_ecl
 from export.graphs.score import ScoreSpec, build_score
-from export.memory_plan import half_activations, score_activations, vision_activations
+from export.memory_plan import ENGINE_SCRATCH, half_activations, score_activations, vision_activations
 from export.spec import ModelSpec
 from export.weights import WeightFile
 from runtime.command_line import CommandParser, run_command
 from runtime.errors import EngineError
-from runtime.names import PAST
+from runtime.names import APPEND, PAST, TENSOR_SCATTER
 
 SPLIT, LAYERS, KEEP, DTYPE, VALUE_BYTES = 2, 4, 166, "float16", 2
 LOGGED = "Total Activation Memory: "
@@ -57,11 +57,16 @@ class Bench:
         self._random = np.random.default_rng(0)
         self.rows: list[dict[str, Any]] = []
 
-    def half(self, name: str, rows: int, capacity: int) -> None:
-        half = pre_ecl(SPLIT, dtype=DTYPE) if name == "pre_ecl" else post_ecl(SPLIT, LAYERS, dtype=DTYPE)
-        estimate = half_activations(self.spec.decoder, rows, capacity, VALUE_BYTES, fused=True)
+    def half(self, name: str, rows: int, capacity: int, form: str) -> None:
+        fixed = capacity if form == TENSOR_SCATTER else None
+        first = pre_ecl(SPLIT, dtype=DTYPE, kv_write=form, capacity=fixed)
+        half = first if name == "pre_ecl" else post_ecl(SPLIT, LAYERS, dtype=DTYPE, kv_write=form, capacity=fixed)
+        scratch = ENGINE_SCRATCH if name == "pre_ecl" else ENGINE_SCRATCH // 2
+        estimate = half_activations(
+            self.spec.decoder, rows, capacity, VALUE_BYTES, fused=True, append=form == APPEND, scratch=scratch
+        ) + (0 if name == "pre_ecl" else 4 * self.spec.decoder.vocab_size)  # fmt: skip
         self._measure(
-            f"{name}, {rows} rows, {capacity} slots", estimate,
+            f"{name}, {rows} rows, {capacity} slots, {form}", estimate,
             lambda file: build_decoder_half(self.spec.decoder, half, self._read, file, capacity),
             lambda tensor: (capacity, capacity) if tensor.startswith(PAST) else (1, rows),
         )  # fmt: skip
@@ -73,14 +78,17 @@ class Bench:
             lambda file: build_clip_vision(vision, self._read, file, DTYPE), lambda tensor: (1, 1),
         )  # fmt: skip
 
-    def score(self) -> None:
+    def score(self, mode: str) -> None:
         decoder, tokens = self.spec.decoder, self.spec.vision.visual_tokens
         score = ScoreSpec(
             heads=decoder.query_heads, head_size=decoder.head_size, hidden_size=decoder.hidden_size, position_rows=1, keep=KEEP,
-            mode="trace", grid_width=self.spec.vision.grid, visual_tokens=None,
+            mode=mode, grid_width=self.spec.vision.grid, visual_tokens=None,
         )  # fmt: skip
         self._measure(
-            f"score, {tokens} tokens", score_activations(decoder, tokens), lambda file: build_score(score), lambda tensor: (tokens, tokens)
+            f"score {mode}, {tokens} tokens",
+            score_activations(decoder, tokens),
+            lambda file: build_score(score),
+            lambda tensor: (tokens, tokens),
         )
 
     def _read(self, name: str) -> np.ndarray:
@@ -93,7 +101,7 @@ class Bench:
                 build(file).save(path)
             logged = self._logged(path, sizes)
         self.rows.append({"what": what, "estimated_bytes": estimate, "logged_bytes": logged, "ratio": round(estimate / logged, 2)})
-        print(f"{what:<36}{estimate / 1e6:>10.1f} MB estimated{logged / 1e6:>10.1f} MB logged  {estimate / logged:.2f}", flush=True)
+        print(f"{what:<48}{estimate / 1e6:>10.1f} MB estimated{logged / 1e6:>10.1f} MB logged  {estimate / logged:.2f}", flush=True)
 
     def _logged(self, path: Path, sizes: Sizes) -> int:
         """Builds an engine for 8.6 and returns the activation bytes that the builder logs."""
@@ -126,12 +134,13 @@ def _run(args: argparse.Namespace) -> int:
     if spec is None:
         raise EngineError(f"configs/models/{args.model}.toml has no geometry: choose another --model, such as llava15")
     bench = Bench(spec)
-    bench.half("pre_ecl", 2048, 2048)
-    bench.half("pre_ecl", 640, 2048)
-    bench.half("post_ecl", 1638, 1638)
-    bench.half("post_ecl", 230, 1638)
+    for form in (TENSOR_SCATTER, APPEND):
+        for name in ("pre_ecl", "post_ecl"):
+            for rows in (230, 832, 2048):
+                bench.half(name, rows, 2048, form)
     bench.vision()
-    bench.score()
+    bench.score("trace")
+    bench.score("dpp")
     print(json.dumps({"model": args.model, "rows": bench.rows}))
     return 0
 

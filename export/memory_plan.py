@@ -3,8 +3,8 @@
 | item | how it is known |
 |---|---|
 | weights of each graph, token table, caches | exact: shapes times the precision's bytes (`export.precision`) |
-| engines beside their weights | estimated: 2 % of them (TensorRT for RTX: 0 to 1.2 % in four engines; ONNX Runtime: 0.4 to 0.8 %) |
-| activations | estimated: the largest tensors of one layer that live at once; formulas at `half_activations` and below it |
+| engines beside their weights | estimated: `ENGINE_SHARE` of them, or `COMPILED_CODE` for each engine |
+| activations | estimated: the largest tensors of one layer that live at once; formulas at `half_activations` and below it. compiled engines share a buffer |
 | tensors between engines | estimated: each graph's inputs and outputs once |
 | CUDA context and engine library, the Python process | assumed: `ENGINE_PROCESS`, `PYTHON_PROCESS` |
 
@@ -24,18 +24,15 @@ from export.precision import Scheme, scheme_of
 from export.spec import ClipVisionSpec, DecoderSpec, ModelSpec, head_widths
 from export.targets import TargetConfig, gib
 from runtime import names
-from runtime.kv_cache import ROUND_TO
-from runtime.memory_plan import ASSUMED, DEVICE, ESTIMATED, EXACT, HOST, MemoryItem, MemoryPlan
+from runtime.engines.tensorrt_profiles import TEXT_TOKENS
+from runtime.memory_plan import ACTIVATIONS, ASSUMED, BESIDE, DEVICE, ESTIMATED, EXACT, HOST, SHARED, WEIGHTS, MemoryItem, MemoryPlan
+from runtime.names import ROUND_TO
 
 PRE_CACHE, POST_CACHE, TABLE = "KV cache before the split", "KV cache after the split", "token table, memory-mapped"
-WEIGHTS, ACTIVATIONS = "weights, {}", "activations, {}"
-BESIDE, BETWEEN, CONTEXT, PROCESS = (
-    "engines beside their weights",
-    "tensors between engines",
-    "CUDA context, engine library",
-    "Python process",
-)
-ENGINE_SHARE = 0.02  # above all that was seen
+BETWEEN, CONTEXT, PROCESS = "tensors between engines", "CUDA context, engine library", "Python process"
+# ONNX Runtime holds 0.4 to 0.8 % beside the weights (python -m benchmarks.build_memory). A TensorRT engine holds kernels and tables that
+# do not grow with its weights: 2 to 10 MB in engines of 5 to 674 MB, for four compute capabilities (python -m benchmarks.engines).
+ENGINE_SHARE, COMPILED_SHARE, COMPILED_CODE = 0.02, 0.002, 6_500_000
 # Assumptions. A CUDA context with kernels loaded when first used: 287 MB (github.com/pytorch/pytorch/pull/86509); initialising CUDA on a
 # Jetson: 229 MiB (github.com/NVIDIA/TensorRT/issues/2217), where cuDNN took 241 MiB more, which only ONNX Runtime still loads.
 ENGINE_PROCESS = {"onnxruntime-cuda": 768 << 20, "tensorrt": 512 << 20, "tensorrt-rtx": 512 << 20}
@@ -49,14 +46,15 @@ COMPILE_PROCESS, COMPILE_FACTORS = 350_000_000, {"tensorrt": (2.6, 4.6), "tensor
 # While TensorRT tries kernels for the language-model head it asked for 1,075,072,515 bytes at once for a head of 622,329,856 in fp16.
 HEAD_SCRATCH = 1.73
 MAX_HEAD_PIECES = 64
-ENGINE_SCRATCH = 8 << 20  # of each engine, whatever the rows: what the formulas below miss at few rows (python -m benchmarks.engine_memory)
+# What kernels ask for whatever the rows, as TensorRT for RTX logs it: half of it in post_ecl, which runs on one stream.
+ENGINE_SCRATCH = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryRequest:
     """What is asked about: a model's shapes, a target, and the choices that memory depends on. `keep` is the largest budget.
 
-    `least_head_pieces`: what another target that shares the weights splits the head into.
+    `least_head_pieces`: what another target that shares the weights splits the head into. `budgets`: how many there are, an engine each.
     """
 
     spec: ModelSpec
@@ -66,6 +64,7 @@ class MemoryRequest:
     keep: int
     max_context: int
     least_head_pieces: int = 1
+    budgets: int = 1
 
     @property
     def head_pieces(self) -> int:
@@ -98,13 +97,16 @@ def plan_memory(request: MemoryRequest) -> MemoryPlan:
     spec, target, scheme, k = request.spec, request.target, request.scheme, request.split_layer
     decoder = spec.decoder
     weights = graph_weights(request)
-    active = _activations(request)
+    active, compiled = _activations(request), target.engine in COMPILE_FACTORS
     items = [MemoryItem(WEIGHTS.format(name), size, DEVICE, EXACT) for name, size in weights.items()]
-    items.append(MemoryItem(BESIDE, round(ENGINE_SHARE * sum(weights.values())), DEVICE, ESTIMATED))
+    beside = (COMPILED_SHARE if compiled else ENGINE_SHARE) * sum(weights.values())
+    beside += COMPILED_CODE * (3 + request.budgets) if compiled else 0
+    items.append(MemoryItem(BESIDE, round(beside), DEVICE, ESTIMATED))
     for name, layers, rows in ((PRE_CACHE, k, request.max_context), (POST_CACHE, decoder.layers - k, request.kept_context)):
         capacity = -(-rows // ROUND_TO) * ROUND_TO
         items.append(MemoryItem(name, capacity * decoder.kv_bytes_per_token(layers, scheme.plain_bytes), DEVICE, EXACT))
-    items += [MemoryItem(ACTIVATIONS.format(name), size, DEVICE, ESTIMATED) for name, size in active.items()]
+    place = SHARED if compiled else DEVICE  # engines run one after the other, in one buffer that the runtime allocates
+    items += [MemoryItem(ACTIVATIONS.format(name), size, place, ESTIMATED) for name, size in active.items()]
     items.append(MemoryItem(BETWEEN, _between(request), DEVICE, ESTIMATED))
     if target.engine in ENGINE_PROCESS:
         items.append(MemoryItem(CONTEXT, ENGINE_PROCESS[target.engine], DEVICE, ASSUMED))
@@ -188,48 +190,65 @@ def _largest_allocation(request: MemoryRequest) -> int:
 # ---------------------------------------------------------------- activations
 
 
-def half_activations(decoder: DecoderSpec, rows: int, capacity: int, value: int, *, fused: bool) -> int:
+def half_activations(
+    decoder: DecoderSpec, rows: int, capacity: int, value: int, *, fused: bool, append: bool = False, scratch: int = ENGINE_SCRATCH
+) -> int:
     """An estimate of the bytes that a decoder half's prefill holds at its peak.
 
-    S rows, C cache slots, b bytes a value; d, q, kv, m, H the widths of hidden state, queries, keys, MLP, and the head count:
-    2 S d b (the hidden state and its sum) + 4 S C (the mask, fp32) + the larger of
+    S rows, C cache slots, n = C (with `append`: C + S) keys, b bytes a value; d, q, kv, m, H the widths of hidden state, queries, keys,
+    MLP, and the head count. A scratch, and the larger of
 
-    - attention: S (q + 2 kv) b + 4 S (q + kv) (rotary in fp32) + S q b (the output) + 2 C kv b (one layer's written caches)
-      + 8 H S C (scores and softmax in fp32; 0 if fused);
-    - MLP: 4 S d (the norm in fp32) + 3 S m b (gate, up and their product).
+    - attention: 2 n kv b (one layer's keys and values as the kernel takes them) + 4 S q b + the mask 4 S n (fp32), where it is not fused
+      instead of the mask 2 H S n b (scores and their softmax);
+    - MLP: 3 S d b (hidden state, norm, sum) + 3 S m b (gate and up, and their product) + the mask; with `append` also 2 S d b.
+
+    The terms are the tensors that TensorRT for RTX lists for these phases (halves of 2 layers in fp16); within 10 % or 8 MB of what it logs
+    for LLaVA-1.5-7B's widths and for 1024 (python -m benchmarks.engine_memory).
 
     Args:
-        fused: attention runs without its scores in memory.
+        fused: attention runs without its scores in memory. TensorRT for RTX does not fuse it where query heads share key-value heads.
+        append: the form of the cache's write.
     """
     d, q, kv = decoder.hidden_size, decoder.query_width, decoder.kv_width
-    attention = rows * (q + 2 * kv) * value + 4 * rows * (q + kv) + rows * q * value + 2 * capacity * kv * value
-    attention += 0 if fused else 8 * decoder.query_heads * rows * capacity
-    mlp = 4 * rows * d + 3 * rows * decoder.intermediate_size * value
-    return ENGINE_SCRATCH + 2 * rows * d * value + 4 * rows * capacity + max(attention, mlp)
+    keys = capacity + (rows if append else 0)
+    fused = fused and value == 2 and decoder.query_heads == decoder.kv_heads
+    mask = 4 * rows * keys
+    attention = 2 * keys * kv * value + 4 * rows * q * value + (mask if fused else 2 * decoder.query_heads * rows * keys * value)
+    mlp = (3 + 2 * append) * rows * d * value + 3 * rows * decoder.intermediate_size * value + mask
+    return scratch + max(attention, mlp)
 
 
 def vision_activations(vision: ClipVisionSpec, value: int, *, fused: bool) -> int:
-    """The same for a CLIP tower of r rows, one image: 2 r w b + 4 r w + the larger of 4 r w b (+ 8 H r^2 if not fused) and 2 r m b."""
+    """The same for a CLIP tower of r rows, one image: the larger of 6 r w b (+ 8 H r^2 if not fused) and 3 r w b + r m b.
+
+    (The activation function works in place.)
+    """
     rows, width = vision.grid**2 + 1, vision.hidden_size
-    attention = 4 * rows * width * value + (0 if fused else 8 * vision.heads * rows * rows)
-    return ENGINE_SCRATCH + 2 * rows * width * value + 4 * rows * width + max(attention, 2 * rows * vision.intermediate_size * value)
+    attention = 6 * rows * width * value + (0 if fused and value == 2 else 8 * vision.heads * rows * rows)
+    return ENGINE_SCRATCH + max(attention, 3 * rows * width * value + rows * vision.intermediate_size * value)
 
 
 def score_activations(decoder: DecoderSpec, visual_tokens: int) -> int:
-    """The same for the score, in fp32: 2 N H d_h (the queries, and centred) + 2 N H^2 (Gram matrices while they are reduced)."""
+    """The same for the score, in fp32: N H d_h (the centred queries) + 2 N H^2 (Gram matrices while they are reduced)."""
     heads = decoder.query_heads
-    return ENGINE_SCRATCH + 4 * visual_tokens * (2 * heads * decoder.head_size + 2 * heads * heads)
+    return ENGINE_SCRATCH + 4 * visual_tokens * (heads * decoder.head_size + 2 * heads * heads)
 
 
 def _activations(request: MemoryRequest) -> dict[str, int]:
-    """Each engine keeps its own, so they add up. Both halves: a prompt that fills the context at once."""
-    decoder, value, fused = request.spec.decoder, request.scheme.plain_bytes, request.target.fuses_attention
-    context, kept = request.max_context, request.kept_context
+    """Each engine's. Both halves: a prompt that fills the context at once; compiled engines, the largest piece that they take."""
+    spec, decoder, value, fused = request.spec, request.spec.decoder, request.scheme.plain_bytes, request.target.fuses_attention
+    context, kept, append = request.max_context, request.kept_context, request.target.kv_write == names.APPEND
+    rows, kept_rows, scratch = context, kept, ENGINE_SCRATCH
+    if request.target.engine in COMPILE_FACTORS:
+        rows = kept_rows = min(context, spec.vision.visual_tokens + TEXT_TOKENS)
+        context = kept = -(-context // ROUND_TO) * ROUND_TO
+        scratch //= 2
     return {
-        names.VISION: vision_activations(request.spec.vision, value, fused=fused),
-        names.PRE_ECL: half_activations(decoder, context, context, value, fused=fused),
-        names.SCORE: score_activations(decoder, request.spec.vision.visual_tokens),
-        names.POST_ECL: half_activations(decoder, kept, kept, value, fused=fused) + 4 * decoder.vocab_size,
+        names.VISION: vision_activations(spec.vision, value, fused=fused),
+        names.PRE_ECL: half_activations(decoder, rows, context, value, fused=fused, append=append),
+        names.SCORE: score_activations(decoder, spec.vision.visual_tokens),
+        names.POST_ECL: half_activations(decoder, kept_rows, kept, value, fused=fused, append=append, scratch=scratch)
+        + 4 * decoder.vocab_size,
     }
 
 

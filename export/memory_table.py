@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from export.targets import TargetConfig, gib
-from runtime.memory_plan import EXACT, HOST, MemoryPlan
+from runtime.memory_plan import EXACT, HOST, SHARED, MemoryPlan
 from runtime.units import format_bytes
 
 
@@ -37,7 +37,8 @@ def _verdict(plan: MemoryPlan) -> str:
 
 
 def _how(basis: str, place: str, unified: bool) -> str:
-    where = "" if place != HOST else "the host's side" if unified else "in the host's memory, not in the sum"
+    host = "the host's side" if unified else "in the host's memory, not in the sum"
+    where = {HOST: host, SHARED: "one buffer for all, the largest counts"}.get(place, "")
     return ", ".join(part for part in ("" if basis == EXACT else basis, where) if part)
 
 

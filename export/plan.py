@@ -128,7 +128,8 @@ class BuildPlan:
     def memory_request(self) -> MemoryRequest:
         """What the memory plan is computed from: the largest budget, the whole context."""
         return MemoryRequest(
-            self.spec, self.target, self.precision, self.split_layer, max(self.budgets), self.max_context, self.least_head_pieces
+            self.spec, self.target, self.precision, self.split_layer, max(self.budgets), self.max_context, self.least_head_pieces,
+            len(self.budgets),
         )  # fmt: skip
 
     @property

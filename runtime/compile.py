@@ -51,6 +51,7 @@ def _capabilities(text: str) -> tuple[int, ...]:
 
 def _run(args: argparse.Namespace) -> int:
     from runtime.engine_files import CompileOptions, chosen_target, compile_bundle
+    from runtime.engine_memory import describe_measured
     from runtime.engines.tensorrt_library import installed_library, load_library
     from runtime.engines.tensorrt_profiles import ProfileOptions
     from runtime.manifest import read_manifest
@@ -66,6 +67,9 @@ def _run(args: argparse.Namespace) -> int:
     manifest = chosen_target(manifest, options)
     engines = compile_bundle(args.bundle, options, _tell)
     print(describe(engines))
+    memory = read_manifest(args.bundle).variant(manifest.target).memory
+    if memory is not None and memory.measured:
+        print("\n".join(describe_measured(memory)))
     ratio = weights_ratio(manifest, engines)
     if ratio is not None:
         twice = "" if ratio <= MAX_WEIGHTS_RATIO else f", more than {MAX_WEIGHTS_RATIO}: some of them are stored again for another profile"

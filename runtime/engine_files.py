@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime import names
+from runtime.engine_memory import measured_plan
 from runtime.engines.tensorrt_builder import BuiltEngine, EngineSpec
 from runtime.engines.tensorrt_process import build_in_child
 from runtime.engines.tensorrt_profiles import ProfileOptions, profiles_of
@@ -149,7 +150,11 @@ def _record(bundle: Path, whole: Manifest, manifest: Manifest, engines: Sequence
     """Exchanges the manifest for one that lists these engines in place of the library's earlier ones of this target."""
     kept = tuple(engine for engine in manifest.engines if engine.library != library)
     files = {**manifest.files, **{engine.info.file: engine.file for engine in engines}}
-    new = whole.with_variant(dataclasses.replace(manifest, files=files, engines=(*kept, *(engine.info for engine in engines))))
+    memory = manifest.memory
+    if memory is not None and manifest.engine == library:
+        memory = measured_plan(memory, engines)
+    changed = dataclasses.replace(manifest, files=files, memory=memory, engines=(*kept, *(engine.info for engine in engines)))
+    new = whole.with_variant(changed)
     listed = {engine.file for target in new.targets for engine in new.variant(target).engines}
     gone = {engine.file for target in whole.targets for engine in whole.variant(target).engines} - listed
     new = dataclasses.replace(new, files={name: info for name, info in new.files.items() if name not in gone})

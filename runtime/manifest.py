@@ -215,8 +215,13 @@ class Manifest:
         """SHA-256 of the manifest as it was exported: compiling engines, for whatever target, leaves it as it is."""
         engines = {engine.file for name in self.targets for engine in self.variant(name).engines}
         files = {name: info for name, info in self.files.items() if name not in engines}
-        variants = {name: dataclasses.replace(variant, engines=()) for name, variant in self.variants.items()}
-        return hashlib.sha256(dataclasses.replace(self, files=files, engines=(), variants=variants).to_json().encode()).hexdigest()
+        variants = {
+            name: dataclasses.replace(variant, engines=(), memory=variant.memory and variant.memory.as_planned())
+            for name, variant in self.variants.items()
+        }
+        memory = self.memory and self.memory.as_planned()
+        exported = dataclasses.replace(self, files=files, engines=(), memory=memory, variants=variants)
+        return hashlib.sha256(exported.to_json().encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from runtime.errors import BundleError
 
 DEVICE, SHARED, HOST = "device", "shared", "host"
+WEIGHTS, ACTIVATIONS, BESIDE = "weights, {}", "activations, {}", "engines beside their weights"  # rows that an engine's log measures
 EXACT, ESTIMATED, ASSUMED, MEASURED = "exact", "estimated", "assumed", "measured"
 
 
@@ -113,6 +114,11 @@ class MemoryPlan:
         items = tuple(_measured(item, figures[item.name]) if item.name in figures else item for item in self.items)
         return dataclasses.replace(self, items=items)
 
+    def as_planned(self) -> MemoryPlan:
+        """The same plan before anything was measured."""
+        items = tuple(item if item.planned_bytes is None else _planned(item, item.planned_bytes) for item in self.items)
+        return dataclasses.replace(self, items=items)
+
     @property
     def measured(self) -> tuple[MemoryItem, ...]:
         """The rows that were measured."""
@@ -122,3 +128,8 @@ class MemoryPlan:
 def _measured(item: MemoryItem, size: int) -> MemoryItem:
     planned = item.bytes if item.planned_bytes is None else item.planned_bytes
     return dataclasses.replace(item, bytes=size, basis=MEASURED, planned_bytes=planned)
+
+
+def _planned(item: MemoryItem, size: int) -> MemoryItem:
+    basis = EXACT if item.name.startswith(WEIGHTS.format("")) else ESTIMATED
+    return dataclasses.replace(item, bytes=size, basis=basis, planned_bytes=None)

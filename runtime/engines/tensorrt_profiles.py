@@ -25,6 +25,7 @@ from runtime.kv_cache import round_capacity
 from runtime.manifest import Manifest, TensorInfo
 
 DECODE_ROWS = 8
+TEXT_TOKENS = 256  # the longest text in one piece, unless another is asked for
 USUAL_TEXT_TOKENS = 64
 Sizes = Mapping[str, tuple[int, int, int]]
 
@@ -42,7 +43,7 @@ class ProfileOptions:
         UsageError: a number below 1.
     """
 
-    text_tokens: int = 256
+    text_tokens: int = TEXT_TOKENS
     images: int = 1
     capacity: int | None = None
 
