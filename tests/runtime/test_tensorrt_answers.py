@@ -1,4 +1,4 @@
-"""Whole bundles on every TensorRT library's recorded names, on a GPU of host memory: the answers are the CPU's, and all memory comes back."""
+"""Whole bundles on every TensorRT library's recorded names, on a GPU of host memory: the answers are the CPU's."""
 
 from __future__ import annotations
 
