@@ -2,6 +2,7 @@
 
     python -m benchmarks.engines                                    # LLaVA-1.5-7B's widths, fp16, all forms of the cache's write
     python -m benchmarks.engines --forms in_place --decode-rows 1   # what a decode profile fixed at one token costs
+    python -m benchmarks.engines --forms tensor_scatter --budgets 166,98,29   # a profile for each budget, or one for all
 
 Needs TensorRT for RTX (pip install tensorrt-rtx-cu13). Weights are random. Prints engine bytes against weights, activation bytes,
 fused attention kernels and layers that only copy a tensor, for each profile (prefill, append, decode), and what the build took. Each
@@ -32,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m benchmarks.engines", description="Sizes of one layer's engines, without a GPU.")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--forms", default="in_place,tensor_scatter,append", metavar="F[,F...]", help="of the cache's write")
+    parser.add_argument(
+        "--budgets", default="", metavar="R[,R...]", help="post_ecl with a prefill profile for each, beside one that covers all"
+    )
     parser.add_argument("--decode-rows", type=int, default=8, metavar="S", help="most rows of the decode profile (default: 8)")
     return parser
 
@@ -46,8 +50,14 @@ def llava_7b() -> DecoderSpec:
     )  # fmt: skip
 
 
-def build(spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path) -> tuple[BuiltEngine, int, tuple[int, ...]]:
-    """Exports one half with random weights and builds its engine; also returns the weight file's bytes and the copies in each profile."""
+def build(
+    spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path, budgets: Sequence[int] = ()
+) -> tuple[BuiltEngine, int, tuple[int, ...]]:
+    """Exports one half with random weights and builds its engine; also returns the weight file's bytes and the copies in each profile.
+
+    Args:
+        budgets: each gets a prefill profile of its own, in place of the one that covers all.
+    """
     import numpy as np
 
     from export.graphs.decoder import build_decoder_half
@@ -71,13 +81,16 @@ def build(spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path) -> 
     rows = {
         "prefill": (visual, visual + 64, VISUAL_TOKENS + TEXT_TOKENS), "append": (1, 64, TEXT_TOKENS), "decode": (1, 1, decode_rows),
     }  # fmt: skip
+    if budgets:
+        del rows["prefill"]
+        rows = {f"prefill {keep}": (keep, keep + 64, keep + TEXT_TOKENS) for keep in budgets} | rows
     profiles = tuple(make_profile(half.name, builder.inputs, n, {"sequence": r, "capacity": (CAPACITY,) * 3}) for n, r in rows.items())
     job = EngineSpec(half.name, str(folder / "half.onnx"), str(folder / "half.engine"), LIBRARY, CAPABILITIES, profiles)
     log = BuildLog()
     return build_engine(job, log), size, log.copy_layers
 
 
-def _row(form: str, name: str, dtype: str, decode_rows: int) -> str:
+def _row(form: str, name: str, dtype: str, decode_rows: int, budgets: Sequence[int] = ()) -> str:
     """One engine, exported and built in this process."""
     from export.graphs.decoder import post_ecl, pre_ecl
     from export.graphs.kv_write import TENSOR_SCATTER
@@ -89,7 +102,7 @@ def _row(form: str, name: str, dtype: str, decode_rows: int) -> str:
     )
     half = next(half for half in halves if half.name == name)
     with tempfile.TemporaryDirectory() as folder:
-        built, weights, copies = build(llava_7b(), half, decode_rows, Path(folder))
+        built, weights, copies = build(llava_7b(), half, decode_rows, Path(folder), budgets)
     info, size = built.info, built.file.bytes
     activations = ", ".join(f"{count / 1e6:.1f}" for count in info.activation_bytes)
     fused, peak = ", ".join(map(str, info.attention_kernels)), (info.peak_rss_bytes or 0) / 1e9
@@ -106,10 +119,12 @@ def _run(args: argparse.Namespace) -> int:
         f"{'half':<9}{'form':<15}{'weights MB':>11}{'engine MB':>10}{'ratio':>7}  {'activations MB':<20}{'fused':<9}{'copies':<9}"
         f"{'s':>5}{'peak GB':>9}"
     )
+    budgets = tuple(int(part) for part in args.budgets.split(",") if part)
+    jobs = [("post_ecl", budgets[-1:]), ("post_ecl", budgets)] if budgets else [("pre_ecl", ()), ("post_ecl", ())]
     for form in args.forms.split(","):
-        for name in ("pre_ecl", "post_ecl"):
+        for name, profiles in jobs:
             with get_context("spawn").Pool(1) as pool:
-                print(pool.apply(_row, (form, name, args.dtype, args.decode_rows)), flush=True)
+                print(pool.apply(_row, (form, name, args.dtype, args.decode_rows, profiles)), flush=True)
     return 0
 
 
