@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
         f"{'s':>5}{'peak GB':>9}"
     )
     budgets = tuple(int(part) for part in args.budgets.split(",") if part)
-    jobs = [("post_ecl", budgets[-1:]), ("post_ecl", budgets)] if budgets else [("pre_ecl", ()), ("post_ecl", ())]
+    jobs = [("post_ecl", ()), ("post_ecl", budgets)] if budgets else [("pre_ecl", ()), ("post_ecl", ())]
     for form in args.forms.split(","):
         for name, profiles in jobs:
             with get_context("spawn").Pool(1) as pool:

@@ -6,6 +6,7 @@ One layer in each half, and two of the vision tower's: depth changes how large e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ from export.configs import load_model_config
 from export.families import find_adapter
 from export.graphs.builder import GraphBuilder
 from export.graphs.clip import build_clip_vision
-from export.graphs.decoder import build_decoder_half, post_ecl, pre_ecl
+from export.graphs.decoder import HalfSpec, ReadWeight, build_decoder_half, post_ecl, pre_ecl
 from export.graphs.kv_write import TENSOR_SCATTER
 from export.graphs.score import ScoreSpec, build_score
+from export.spec import DecoderSpec
 from export.weights import WeightFile
 from runtime import names
 from runtime.engines.tensorrt_builder import BuiltEngine, EngineSpec
@@ -52,6 +54,10 @@ def engine(folder: Path, graph: str, build: Build, rows: dict[str, tuple[int, in
     ), size  # fmt: skip
 
 
+def _half(decoder: DecoderSpec, half: HalfSpec, read: ReadWeight, weights: WeightFile) -> GraphBuilder:
+    return build_decoder_half(decoder, half, read, weights, CAPACITY)
+
+
 def test_all_four_graphs_build_at_llava_7bs_widths(tmp_path: Path) -> None:
     spec = load_model_config("llava15").spec
     assert spec is not None
@@ -70,13 +76,8 @@ def test_all_four_graphs_build_at_llava_7bs_widths(tmp_path: Path) -> None:
     )
     for half, least in halves:
         rows = {"prefill": (least, least + 64, n + TEXT), "append": (1, 64, TEXT), "decode": (1, 1, 8)}
-        built, weights = engine(
-            tmp_path,
-            half.name,
-            lambda file, half=half: build_decoder_half(decoder, half, read, file, CAPACITY),
-            rows,
-            "sequence",  # type: ignore[misc]
-        )
+        build = functools.partial(_half, decoder, half, read)
+        built, weights = engine(tmp_path, half.name, build, rows, "sequence")
         assert built.info.attention_kernels == (1, 1, 1), "fused in prefill, append and decode"
         assert built.file.bytes <= 1.05 * weights, "held once"
         assert max(built.info.activation_bytes) < 100e6  # measured: 79 MB
