@@ -2,7 +2,6 @@
 
     python -m benchmarks.engines                                    # LLaVA-1.5-7B's widths, fp16, all forms of the cache's write
     python -m benchmarks.engines --forms in_place --decode-rows 1   # what a decode profile fixed at one token costs
-    python -m benchmarks.engines --forms tensor_scatter --budgets 166,98,29   # a profile for each budget, or one for all
 
 Needs TensorRT for RTX (pip install tensorrt-rtx-cu13). Weights are random. Prints engine bytes against weights, activation bytes,
 fused attention kernels and layers that only copy a tensor, for each profile (prefill, append, decode), and what the build took. Each
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +32,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m benchmarks.engines", description="Sizes of one layer's engines, without a GPU.")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--forms", default="in_place,tensor_scatter,append", metavar="F[,F...]", help="of the cache's write")
-    parser.add_argument(
-        "--budgets", default="", metavar="R[,R...]", help="post_ecl with a prefill profile for each, beside one that covers all"
-    )
     parser.add_argument("--decode-rows", type=int, default=8, metavar="S", help="most rows of the decode profile (default: 8)")
     return parser
 
@@ -50,13 +46,22 @@ def llava_7b() -> DecoderSpec:
     )  # fmt: skip
 
 
-def build(
-    spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path, budgets: Sequence[int] = ()
+def build(spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path) -> tuple[BuiltEngine, int, tuple[int, ...]]:
+    """`build_with` the profiles that a bundle's engines have."""
+    visual = VISUAL_TOKENS if half.score_states else KEPT_TOKENS
+    rows = {
+        "prefill": (visual, visual + 64, VISUAL_TOKENS + TEXT_TOKENS), "append": (1, 64, TEXT_TOKENS), "decode": (1, 1, decode_rows),
+    }  # fmt: skip
+    return build_with(spec, half, rows, folder)
+
+
+def build_with(
+    spec: DecoderSpec, half: HalfSpec, rows: Mapping[str, tuple[int, int, int]], folder: Path, capabilities: Sequence[int] = CAPABILITIES
 ) -> tuple[BuiltEngine, int, tuple[int, ...]]:
     """Exports one half with random weights and builds its engine; also returns the weight file's bytes and the copies in each profile.
 
     Args:
-        budgets: each gets a prefill profile of its own, in place of the one that covers all.
+        rows: the smallest, usual and largest number of new rows of each profile.
     """
     import numpy as np
 
@@ -77,20 +82,13 @@ def build(
         builder = build_decoder_half(spec, half, read, weights, spec.max_positions)
         size = weights.info().bytes
     builder.save(folder / "half.onnx")
-    visual = VISUAL_TOKENS if half.score_states else KEPT_TOKENS
-    rows = {
-        "prefill": (visual, visual + 64, VISUAL_TOKENS + TEXT_TOKENS), "append": (1, 64, TEXT_TOKENS), "decode": (1, 1, decode_rows),
-    }  # fmt: skip
-    if budgets:
-        del rows["prefill"]
-        rows = {f"prefill {keep}": (keep, keep + 64, keep + TEXT_TOKENS) for keep in budgets} | rows
     profiles = tuple(make_profile(half.name, builder.inputs, n, {"sequence": r, "capacity": (CAPACITY,) * 3}) for n, r in rows.items())
-    job = EngineSpec(half.name, str(folder / "half.onnx"), str(folder / "half.engine"), LIBRARY, CAPABILITIES, profiles)
+    job = EngineSpec(half.name, str(folder / "half.onnx"), str(folder / "half.engine"), LIBRARY, tuple(capabilities), profiles)
     log = BuildLog()
     return build_engine(job, log), size, log.copy_layers
 
 
-def _row(form: str, name: str, dtype: str, decode_rows: int, budgets: Sequence[int] = ()) -> str:
+def _row(form: str, name: str, dtype: str, decode_rows: int) -> str:
     """One engine, exported and built in this process."""
     from export.graphs.decoder import post_ecl, pre_ecl
     from export.graphs.kv_write import TENSOR_SCATTER
@@ -102,7 +100,7 @@ def _row(form: str, name: str, dtype: str, decode_rows: int, budgets: Sequence[i
     )
     half = next(half for half in halves if half.name == name)
     with tempfile.TemporaryDirectory() as folder:
-        built, weights, copies = build(llava_7b(), half, decode_rows, Path(folder), budgets)
+        built, weights, copies = build(llava_7b(), half, decode_rows, Path(folder))
     info, size = built.info, built.file.bytes
     activations = ", ".join(f"{count / 1e6:.1f}" for count in info.activation_bytes)
     fused, peak = ", ".join(map(str, info.attention_kernels)), (info.peak_rss_bytes or 0) / 1e9
@@ -119,12 +117,10 @@ def _run(args: argparse.Namespace) -> int:
         f"{'half':<9}{'form':<15}{'weights MB':>11}{'engine MB':>10}{'ratio':>7}  {'activations MB':<20}{'fused':<9}{'copies':<9}"
         f"{'s':>5}{'peak GB':>9}"
     )
-    budgets = tuple(int(part) for part in args.budgets.split(",") if part)
-    jobs = [("post_ecl", ()), ("post_ecl", budgets)] if budgets else [("pre_ecl", ()), ("post_ecl", ())]
     for form in args.forms.split(","):
-        for name, profiles in jobs:
+        for name in ("pre_ecl", "post_ecl"):
             with get_context("spawn").Pool(1) as pool:
-                print(pool.apply(_row, (form, name, args.dtype, args.decode_rows, profiles)), flush=True)
+                print(pool.apply(_row, (form, name, args.dtype, args.decode_rows)), flush=True)
     return 0
 
 
