@@ -76,11 +76,6 @@ def _obstacles(plan: BuildPlan) -> list[str]:
             f"building {plan.precision} is not implemented yet: choose --precision {', '.join(GRAPH_DTYPES)} where the target has it; "
             "--dry-run prints plan and memory for every target and precision"
         )
-    if plan.target.engine not in ("onnxruntime", TENSORRT, TENSORRT_RTX):
-        lines.append(
-            f"target {plan.target.name} ({plan.target.engine}) is not implemented yet: choose cpu, an rtx or a jetson target; "
-            "--dry-run prints plan and memory for every target"
-        )
     return lines
 
 

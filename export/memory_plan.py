@@ -4,7 +4,7 @@
 |---|---|
 | weights of each graph, token table, caches | exact: shapes times the precision's bytes (`export.precision`) |
 | engines beside their weights | estimated: `ENGINE_SHARE` of them, or `COMPILED_CODE` for each engine |
-| activations | estimated: the largest tensors of one layer that live at once; compiled engines take turns in one buffer |
+| activations | estimated: the largest tensors of one layer that live at once (`half_activations` and below); compiled engines share them |
 | tensors between engines | estimated: each graph's inputs and outputs once |
 | CUDA context and engine library, the Python process | assumed: `ENGINE_PROCESS`, `PYTHON_PROCESS` |
 

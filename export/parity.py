@@ -19,6 +19,7 @@ from runtime import names
 from runtime.chain import EngineChain
 from runtime.conversation import Conversation
 from runtime.generation import Stopwatch
+from runtime.host_executor import HostExecutor
 from runtime.prompt import Prompt
 
 
@@ -192,11 +193,13 @@ def _pieces(chain: EngineChain, prompt: Prompt, kept: np.ndarray, change: Callab
     ids, rows = prompt.ids.input_ids, np.flatnonzero(prompt.ids.visual_mask)
     conversation = chain.new_conversation(len(ids), len(ids))
     positions = np.arange(len(ids), dtype=np.int64)
-    embeds = chain.embed(ids, rows, prompt.pixel_values, Stopwatch())
-    (hidden,) = chain.run_half(names.PRE_ECL, embeds, positions, conversation.pre, [names.HIDDEN_STATES])
+    host = chain.executor
+    assert isinstance(host, HostExecutor), "the controls meddle with host arrays"
+    embeds = host.embed(ids, rows, prompt.pixel_values, Stopwatch())
+    (hidden,) = host.run_half(names.PRE_ECL, embeds, positions, conversation.pre, [names.HIDDEN_STATES])
     stays = np.setdiff1d(positions, np.delete(rows, kept))
     hidden, positions = change(np.ascontiguousarray(hidden[:, stays]), positions[stays])
-    (logits,) = chain.run_half(names.POST_ECL, hidden, positions, conversation.post, [names.LOGITS])
+    (logits,) = host.run_half(names.POST_ECL, hidden, positions, conversation.post, [names.LOGITS])
     result: np.ndarray = logits[0]
     return result
 

@@ -16,7 +16,9 @@ import numpy as np
 
 from runtime import names
 from runtime.chain import EngineChain
+from runtime.device.executor import DeviceExecutor
 from runtime.engines.base import Engine
+from runtime.host_executor import HostExecutor
 from runtime.kv_cache import KVGroup
 
 _SESSION, _RUN = "_session", "run_with_iobinding"
@@ -95,17 +97,36 @@ class _TimedEngine:
 
 @contextmanager
 def timed_engines(chain: EngineChain) -> Iterator[EngineClock]:
-    """Times a chain's engines within the block; afterwards the chain is as it was."""
-    clock, plain = EngineClock(), dict(chain._engines)
+    """Times a chain's engines within the block; afterwards the chain is as it was.
+
+    On a device a stage is one call: from its first enqueueing until its results are there. A decode step counts as one call, of `post_ecl`.
+    """
+    clock, executor = EngineClock(), chain.executor
+    if isinstance(executor, HostExecutor):
+        with _timed_on_the_host(executor.engines, clock):
+            yield clock
+    elif isinstance(executor, DeviceExecutor):
+        before, executor.on_run = executor.on_run, lambda graph, ms: clock.add(EngineCall(graph, ms, None))
+        try:
+            yield clock
+        finally:
+            executor.on_run = before
+    else:
+        raise TypeError(f"no clock for a {type(executor).__name__}")
+
+
+@contextmanager
+def _timed_on_the_host(engines: dict[str, Engine], clock: EngineClock) -> Iterator[None]:
+    plain = dict(engines)
     sessions: dict[str, _TimedSession] = {}
     for name, engine in plain.items():
         attributes = vars(engine) if hasattr(engine, "__dict__") else {}
         if hasattr(attributes.get(_SESSION), _RUN):
             sessions[name] = attributes[_SESSION] = _TimedSession(attributes[_SESSION])
-        chain._engines[name] = _TimedEngine(name, engine, sessions.get(name), clock)
+        engines[name] = _TimedEngine(name, engine, sessions.get(name), clock)
     try:
-        yield clock
+        yield
     finally:
         for name, timed in sessions.items():
             vars(plain[name])[_SESSION] = timed.session
-        chain._engines.update(plain)
+        engines.update(plain)

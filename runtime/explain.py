@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.backends import add_backend_options
 from runtime.command_line import CommandParser, keep_argument, run_command
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page: hover over patches, try other budgets by score")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="the longest answer")
     parser.add_argument("--threads", type=int, help="engine threads (default: one per core)")
+    add_backend_options(parser)
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     return parser
 
@@ -75,7 +77,7 @@ def _explain(args: argparse.Namespace) -> Explanation:
     from runtime.patch_map import explanation_of
     from runtime.pipeline import load
 
-    vlm = load(args.bundle, threads=args.threads)
+    vlm = load(args.bundle, threads=args.threads, backend=args.backend, device_index=args.device)
     images = [{"type": "image"} for _ in args.image]
     if args.prompt is None:
         state = vlm.prefill([{"role": "user", "content": images}], args.image, keep=args.keep)

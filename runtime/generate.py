@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.backends import add_backend_options
 from runtime.command_line import CommandParser, keep_argument, run_command
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
     parser.add_argument("--threads", type=int, help="engine threads (default: one per core)")
+    add_backend_options(parser)
     parser.add_argument("--picture", type=Path, metavar="PNG", help="write the images with their kept patches and entropy")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     return parser
@@ -62,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.picture:
         _check_picture(args.picture, args.image)
-    vlm = load(args.bundle, threads=args.threads)
+    vlm = load(args.bundle, threads=args.threads, backend=args.backend, device_index=args.device)
     user = {"role": "user", "content": [*({"type": "image"} for _ in args.image), {"type": "text", "text": args.prompt}]}
     messages = [{"role": "system", "content": [{"type": "text", "text": args.system}]}, user] if args.system else [user]
     stream = vlm.stream(
@@ -73,11 +75,11 @@ def _run(args: argparse.Namespace) -> int:
         print(piece.lstrip() if i == 0 else piece, end="", flush=True)
     print()
     result = stream.result
-    print(summary(result), file=sys.stderr)
+    print(f"{summary(result)}\nbackend: {vlm.backend}, {vlm.chain.executor.label}", file=sys.stderr)
     if args.picture:
         _write_picture(vlm, args, result)
     if args.json:
-        print(json.dumps(result.to_dict()))
+        print(json.dumps({**result.to_dict(), "backend": vlm.backend}))
     return 0
 
 

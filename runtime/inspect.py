@@ -45,7 +45,21 @@ def _run(args: argparse.Namespace) -> int:
 
 def describe(found: Inspection) -> str:
     """The whole text."""
-    parts = [*_facts(found), "", *_needs(found), "", *_flops(found), "", *_graphs(found), "", *_files(found), "", *_verification(found)]
+    parts = [
+        *_facts(found),
+        "",
+        *_needs(found),
+        "",
+        *_here(found),
+        "",
+        *_flops(found),
+        "",
+        *_graphs(found),
+        "",
+        *_files(found),
+        "",
+        *_verification(found),
+    ]
     return "\n".join(parts)
 
 
@@ -124,6 +138,18 @@ def _needs(found: Inspection) -> list[str]:
         *lines,
         "  from the files' sizes and the geometry; activations and copies that the engine packs come on top: runtime.profile measures",
     ]
+
+
+def _here(found: Inspection) -> list[str]:
+    """Which engine libraries can run it on this machine."""
+    cpu = (
+        "no: not installed, pip install onnxruntime" if found.engine_version is None else f"{found.engine_version} is installed, on the CPU"
+    )
+    rows = [
+        ("onnxruntime", cpu),
+        *((backend.library, ("yes: " if backend.ready else "no: ") + backend.words) for backend in found.backends),
+    ]
+    return ["Runs on this machine with", *(f"  {name:<14}{words}" for name, words in rows)]
 
 
 def _flops(found: Inspection) -> list[str]:

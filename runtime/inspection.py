@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import names
+from runtime.device.readiness import Readiness, readiness
 from runtime.errors import BundleError, StorageError
 from runtime.flops import COUNTED_TEXT_TOKENS, HEAD, decoder_flops
 from runtime.machine import installed
@@ -131,6 +132,7 @@ class Inspection:
     flops: tuple[FlopsColumn, ...]
     verification: Verification
     engine_version: str | None
+    backends: tuple[Readiness, ...]
     memory_of_others: dict[str, tuple[MemoryNeed, ...]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +156,7 @@ def inspect_bundle(bundle: Path, *, hashes: bool = True) -> Inspection:
         budgets=tuple(Budget(keep, (k * n + (g.layers - k) * min(keep, n)) / g.layers) for keep in manifest.budgets),
         memory=tuple(MemoryNeed.of(manifest, keep) for keep in settings),
         flops=_flops(manifest, settings), verification=_verification(bundle, manifest, engine), engine_version=engine,
+        backends=readiness(manifest),
         memory_of_others={t: tuple(MemoryNeed.of(manifest.variant(t), keep) for keep in settings) for t in manifest.targets[1:]},
     )  # fmt: skip
 

@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends import CPU, check_backend, open_backend
 from runtime.budgets import Keep, largest_kept
 from runtime.chain import EngineChain
 from runtime.conversation import Conversation
 from runtime.detokenize import IncrementalDetokenizer, StopStrings
 from runtime.engines.onnxruntime import ThreadPool
 from runtime.errors import ContextLengthError, EntropyPruneError, UsageError, shown
+from runtime.executor import Executor
 from runtime.generation import Generation, Stopwatch
 from runtime.manifest import Manifest, check_files, read_manifest
 from runtime.prompt import GENERATION_FILE, ImageSource, Message, Prompt, PromptBuilder, image_list, read_object
@@ -44,6 +46,8 @@ def load(
     check_hashes: bool = True,
     cache_bytes: int = 0,
     shared_threads: bool = True,
+    backend: str | None = None,
+    device_index: int = 0,
 ) -> VisionLanguageModel:
     """Loads a bundle made by `python -m export.build`.
 
@@ -53,31 +57,42 @@ def load(
         check_hashes: compare every file with its SHA-256 (about 1 GB/s); False compares sizes only.
         cache_bytes: bytes of caches kept for prompts that begin alike (same text and images), least recently used out first.
         shared_threads: False gives every engine threads of its own, for processes with other ONNX Runtime sessions that must have theirs.
+        backend: "cpu", "cuda" (ONNX Runtime on a GPU), "tensorrt" or "tensorrt_rtx", which runs or is an error; "auto" (default): what the
+            bundle was made for, or the CPU, with a warning, where that cannot run.
+        device_index: which GPU.
 
     Raises:
         BundleError: it is missing, altered, truncated or too new.
-        EngineError: the engine library refuses a graph.
+        EngineError: the engine library refuses a graph, or the named backend cannot run here.
         UsageError: an option is out of range.
     """
     _check_options(threads, cache_bytes, check_hashes)
+    check_backend(backend, device_index)
     path = Path(bundle)
     manifest = read_manifest(path)
     check_files(path, manifest, hashes=check_hashes)
     if shared_threads:
         ThreadPool.use(threads)
-    return VisionLanguageModel(path, manifest, threads, cache_bytes)
+    name, executor = open_backend(path, manifest, backend, device_index, threads)
+    return VisionLanguageModel(path, executor.manifest, threads, cache_bytes, backend=name, executor=executor)
 
 
 class VisionLanguageModel:
     """A loaded bundle. Make one with `load`.
 
     Safe to use from several threads: engines run one call at a time, each answer has caches of its own.
+
+    Attributes:
+        backend: what runs: "cpu", "cuda", "tensorrt" or "tensorrt_rtx".
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, threads: int | None = None, cache_bytes: int = 0) -> None:
-        self.bundle, self.manifest = bundle, manifest
+    def __init__(
+        self, bundle: Path, manifest: Manifest, threads: int | None = None, cache_bytes: int = 0, *, backend: str = CPU,
+        executor: Executor | None = None,
+    ) -> None:  # fmt: skip
+        self.bundle, self.manifest, self.backend = bundle, manifest, backend
         self.prompts = PromptBuilder(bundle, manifest)
-        self.chain = EngineChain(bundle, manifest, threads)
+        self.chain = EngineChain(bundle, manifest, threads, executor)
         self.defaults = GenerationConfig.from_json(read_object(bundle / GENERATION_FILE))
         self.cache = PrefixCache(cache_bytes)
         self.lock = threading.Lock()  # guards the cache and who uses which conversation, never held while engines run
@@ -129,10 +144,16 @@ class VisionLanguageModel:
         """
         budget = self.chain.check_keep(keep)
         prompt = self.prompts.build(messages, images, answer=False)
-        _room(self.manifest, prompt, 1)
+        _room(self.chain, prompt, 1)
         conversation = self._begin(prompt, budget, MAX_RESERVE)
         self.chain.extend(conversation, prompt.ids.input_ids, prompt.groups, prompt.pixel_values, keep=budget)
         return PromptState(prompt, budget, conversation, self.manifest)
+
+    def close(self) -> None:
+        """Gives back the engines, and a device's memory with all conversations in it; the model cannot be used afterwards."""
+        with self.lock:
+            self.cache.clear()
+        self.chain.close()
 
     # ------------------------------------------------------------ for AnswerStream
 
@@ -204,7 +225,7 @@ class AnswerStream:
             if state is not None:
                 messages, images = state.with_question(messages), (*state.images, *image_list(images))
             prompt = model.prompts.build(messages, images)
-        allowed = _room(model.manifest, prompt, config.max_new_tokens)
+        allowed = _room(model.chain, prompt, config.max_new_tokens)
         conversation = model.borrow(prompt, keep, state, min(allowed, MAX_RESERVE))
         try:
             groups = [g for g in prompt.groups if g.start >= conversation.next_position]
@@ -302,12 +323,14 @@ def _check_options(threads: Any, cache_bytes: Any, check_hashes: Any) -> None:
         raise UsageError(f"check_hashes is {shown(check_hashes)}; give True or False")
 
 
-def _room(manifest: Manifest, prompt: Prompt, wanted: int) -> int:
+def _room(chain: EngineChain, prompt: Prompt, wanted: int) -> int:
     """How many tokens may be generated: what is asked for, within the context."""
-    room = manifest.max_context - len(prompt.ids.input_ids)
+    context = chain.max_context
+    room = context - len(prompt.ids.input_ids)
     if room < 1:
+        longer = "export with a larger --max-context" if context == chain.manifest.max_context else "compile with a larger --capacity"
         raise ContextLengthError(
-            f"the prompt has {len(prompt.ids.input_ids)} tokens, the bundle's context holds {manifest.max_context} with the answer: "
-            "shorten it, or export with a larger --max-context"
+            f"the prompt has {len(prompt.ids.input_ids)} tokens, the bundle's context holds {context} with the answer: "
+            f"shorten it, or {longer}"
         )
     return min(room, wanted)

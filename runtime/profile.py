@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.backends import add_backend_options
 from runtime.command_line import CommandParser, keep_argument, run_command
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--keep", type=keep_argument, metavar="R", help="the budget compared with keeping all (default: the bundle's first)"
     )
     parser.add_argument("--threads", type=int, help="engine threads (default: one per core)")
+    add_backend_options(parser)
     parser.add_argument("--output", type=Path, default=Path("profile"), metavar="DIR", help="where both files go (default: profile)")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is the profile as one JSON object")
     return parser
@@ -73,7 +75,7 @@ def _measure(args: argparse.Namespace) -> Profile:
 
     images = ImageSupply.from_folder(args.images) if args.images else ImageSupply()
     began = time.perf_counter()
-    model = load(args.bundle, threads=args.threads)
+    model = load(args.bundle, threads=args.threads, backend=args.backend, device_index=args.device)
     load_ms = (time.perf_counter() - began) * 1e3
     loaded, manifest, machine = peak_memory(), model.manifest, Machine.here(ThreadPool.size)
     keep = _budget(args.keep, manifest.budgets, manifest.geometry.visual_tokens)
@@ -83,7 +85,8 @@ def _measure(args: argparse.Namespace) -> Profile:
     question = usual_question(model) if args.prompt is None else args.prompt
     total = args.runs + args.warmup
     rounds = Profiler(model, keep, question, args.max_new_tokens, images).measure(args.runs, args.warmup, _progress(total))
-    subject = Subject.of(args.bundle, manifest, keep, question, images, rounds, args.warmup)
+    backend = f"{model.backend}, {model.chain.executor.label}"
+    subject = Subject.of(args.bundle, manifest, keep, question, images, rounds, args.warmup, backend)
     return make_profile(subject, manifest, rounds, cold, Memory.of(loaded, peak_memory()), machine)
 
 

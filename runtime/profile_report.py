@@ -39,18 +39,20 @@ class Subject:
     images: str
     distinct_images: int
     warmup: int
+    backend: str
 
     @classmethod
     def of(
-        cls, bundle: Path, manifest: Manifest, keep: int, question: str, images: ImageSupply, rounds: Sequence[Round], warmup: int
-    ) -> Subject:
+        cls, bundle: Path, manifest: Manifest, keep: int, question: str, images: ImageSupply, rounds: Sequence[Round], warmup: int,
+        backend: str,
+    ) -> Subject:  # fmt: skip
         run = rounds[0].pruned
         width, height = SYNTHETIC_SIZE
         source = f"{len(images.files)} files" if images.files else f"synthetic, {width} x {height}, seeded by their number"
         return cls(
             str(bundle), manifest.model, manifest.target, manifest.precision, manifest.geometry.layers, manifest.split_layer,
             manifest.score_mode, manifest.geometry.visual_tokens, keep, question, run.text_tokens, run.new_tokens, source,
-            images.distinct(len(rounds)), warmup,
+            images.distinct(len(rounds)), warmup, backend,
         )  # fmt: skip
 
 
@@ -209,7 +211,7 @@ def describe(profile: Profile) -> str:
     s = profile.subject
     head = [
         f"{s.model} for {s.target}, {s.precision}: {s.layers} layers, split before layer {s.split_layer}, score {s.score_mode}",
-        f"bundle: {s.bundle}",
+        f"bundle: {s.bundle}; runs on: {s.backend}",
         f"prompt: {s.visual_tokens} visual + {s.text_tokens} text tokens, {s.new_tokens} tokens generated; images: {s.images}",
         f"{profile.pairs} pairs after {s.warmup} of warm-up, pruned and unpruned in turn, the same new image in both of a pair",
         "",

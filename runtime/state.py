@@ -85,6 +85,10 @@ class PrefixCache:
         """Bytes of the conversations that are not in use."""
         return sum(c.nbytes for c in self._kept.values())
 
+    def clear(self) -> None:
+        """Forgets all conversations."""
+        self._kept.clear()
+
     def take(self, prompt: Prompt, keep: Keep) -> Conversation | None:
         """Removes and returns the conversation that shares most with a prompt, its first images at least; None where none does."""
         least = prompt.groups[0].stop if prompt.groups else 1

@@ -76,7 +76,7 @@ def test_wheel_metadata_names_the_runtime_dependencies_and_the_extras(wheel: Pat
     metadata = Metadata.from_raw(raw)
     required = {r.name.lower() for r in metadata.requires_dist or [] if r.marker is None}
     assert required == {"jinja2", "numpy", "onnxruntime", "pillow", "tokenizers"}
-    assert set(metadata.provides_extra or []) == {"export", "calibration", "train", "tensorrt-rtx", "dev"}
+    assert set(metadata.provides_extra or []) == {"export", "calibration", "train", "tensorrt-rtx", "cuda", "gpu", "dev"}
     assert str(metadata.requires_python) == ">=3.10"
     assert metadata.license_expression == "Apache-2.0"
 

@@ -30,7 +30,10 @@ FOLDER = ROOT / "requirements"
 # What a pip without a working index says, apart from "no matching distribution", which it says too.
 UNREACHABLE = re.compile(r"Retrying \(|Could not fetch URL|ConnectTimeoutError|NewConnectionError|ReadTimeoutError|ProxyError")
 # Which of these torch needs depends on where it comes from; it pins them itself.
-CUDA_LIBRARIES = re.compile(r"(nvidia|cuda)-|triton$")
+CUDA_LIBRARIES = re.compile(r"(nvidia|cuda)-(?!bindings$|pathfinder$)|triton$")
+# The driver's names in Python, which the runtime uses itself: no wheels for macOS.
+CUDA_PYTHON = re.compile(r"cuda-(bindings|pathfinder)$")
+CUDA_MACHINES = "sys_platform != 'darwin'"
 # Its own wheels are for these machines alone; the package that pulls them in is only there as source, a few kilobytes of Python.
 RTX = re.compile(r"tensorrt-rtx-")
 RTX_MACHINES = "sys_platform != 'darwin' and (platform_machine == 'x86_64' or platform_machine == 'AMD64')"
@@ -82,7 +85,7 @@ LOCKS = (
     Lock(
         "dev",
         "everything: export, calibration, training of the shipped model, tests; Python 3.11 to 3.13",
-        ("export", "calibration", "train", "tensorrt-rtx", "dev"),
+        ("export", "calibration", "train", "tensorrt-rtx", "gpu", "dev"),
         Platform("this machine, Python 3.11", "3.11", ()),
         (),  # whoever runs the checks has just installed it
         pins=("torch==2.13.0",),  # the newest that everything was measured with; raise it together with the figures
@@ -179,7 +182,8 @@ def refresh(lock: Lock) -> int:
 
 def pin(name: str, version: str) -> str:
     """One line of a lock."""
-    return f"{name}=={version}" + (f"; {RTX_MACHINES}" if RTX.match(name) else "")
+    machines = RTX_MACHINES if RTX.match(name) else CUDA_MACHINES if CUDA_PYTHON.match(name) else None
+    return f"{name}=={version}" + (f"; {machines}" if machines else "")
 
 
 def resolve(arguments: Sequence[str], platform: Platform, python: str) -> dict[str, str]:

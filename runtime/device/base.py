@@ -102,11 +102,15 @@ class DeviceEngine(Protocol):
         name: the graph's.
         capacity: the length C of the caches that it takes; None for any.
         max_rows: new rows S (`score`: visual tokens N) that it takes at once; None for any.
+        row_ranges: numbers of new rows that it takes (from, to), where there are gaps between them; empty: all up to `max_rows`.
+        uncapturable: why its runs cannot be captured; None where they can.
     """
 
     name: str
     capacity: int | None
     max_rows: int | None
+    row_ranges: tuple[tuple[int, int], ...] = ()
+    uncapturable: str | None = None
 
     def enqueue(self, arrays: Mapping[str, DeviceArray]) -> None:
         """Enqueues one run on the device's stream.

@@ -70,10 +70,10 @@ class OnnxRuntimeEngine:
             self._session = ort.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
         except Exception as error:  # the library's exceptions share no base class of their own
             raise EngineError(
-                f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_first_line(error)}; export the bundle again"
+                f"ONNX Runtime {ort.__version__} cannot load {path.name}: {first_line(error)}; export the bundle again"
             ) from error
         self.name = path.stem
-        self._check(graph)
+        check_session(self._session, self.name, graph)
         self._cache_names = [i.name for i in graph.inputs if i.name.startswith(PAST)]
         lengths = {tensor.name: tensor.shape[2] for tensor in (*graph.inputs, *graph.outputs) if tensor.name.startswith((PAST, PRESENT))}
         self._appends = any(lengths[name] != lengths.get(_present(name)) for name in self._cache_names)
@@ -89,7 +89,7 @@ class OnnxRuntimeEngine:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # as above
-            raise EngineError(f"ONNX Runtime could not run {self.name}: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime could not run {self.name}: {first_line(error)}") from error
         values = [value.numpy() for value in binding.get_outputs()[-len(new_rows) - len(outputs) :]]
         if cache is not None and new_rows:
             for name, rows in zip(self._cache_names, values, strict=False):
@@ -111,13 +111,17 @@ class OnnxRuntimeEngine:
                     bindings[outputs].bind_ortvalue_output(_present(name), value)
         return bindings[outputs]
 
-    def _check(self, graph: GraphInfo) -> None:
-        for kind, listed, actual in (
-            ("input", graph.inputs, self._session.get_inputs()),
-            ("output", graph.outputs, self._session.get_outputs()),
-        ):
-            if len(listed) != len(actual) or not all(map(_fits, listed, actual)):
-                raise EngineError(f"{self.name}: its {kind}s are not those of the manifest; export the bundle again")
+
+def version() -> str:
+    """The library's."""
+    return str(ort.__version__)
+
+
+def check_session(session: ort.InferenceSession, name: str, graph: GraphInfo) -> None:
+    """Raises EngineError unless a session's inputs and outputs are those of the manifest."""
+    for kind, listed, actual in (("input", graph.inputs, session.get_inputs()), ("output", graph.outputs, session.get_outputs())):
+        if len(listed) != len(actual) or not all(map(_fits, listed, actual)):
+            raise EngineError(f"{name}: its {kind}s are not those of the manifest; export the bundle again")
 
 
 def _present(past: str) -> str:
@@ -135,5 +139,6 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, or the error's type where there is none."""
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.engine_info import EngineInfo, Profile
-from runtime.engines.tensorrt_library import load_library, set_capabilities
+from runtime.engines.tensorrt_library import load_library, make_logger, set_capabilities
 from runtime.engines.tensorrt_log import BuildLog
 from runtime.errors import EngineError, StorageError
 from runtime.machine import peak_memory
@@ -83,7 +83,7 @@ def build_engine(spec: EngineSpec, log: BuildLog | None = None) -> BuiltEngine:
 
 def _build(library: Any, spec: EngineSpec, log: BuildLog, output: _Output) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Parses and builds; returns the names of inputs and outputs."""
-    logger = _logger(library, log)
+    logger = make_logger(library, log)
     try:
         builder = library.Builder(logger)
     except TypeError as error:  # what the bindings make of a null pointer
@@ -161,19 +161,6 @@ def _refusal(spec: EngineSpec, parser: Any, log: BuildLog) -> str:
 
 
 # ---------------------------------------------------------------- what the library calls
-
-
-def _logger(library: Any, log: BuildLog) -> Any:
-    """The library's logger, everything in it goes to `log`."""
-
-    class Logger(library.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            library.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            log.read(int(severity), message)
-
-    return Logger()
 
 
 def _stream(library: Any, output: _Output) -> Any:

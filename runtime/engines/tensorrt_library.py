@@ -5,12 +5,14 @@ What a library has is found out by looking (`hasattr`), never from its version. 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
+from runtime.engines.tensorrt_log import BuildLog
 from runtime.errors import EngineError, UsageError
 
 INSTALL: Final = MappingProxyType({
@@ -51,6 +53,26 @@ def load_library(name: str) -> Any:
         raise EngineError(f"the engine library {name} is not installed: {INSTALL[name]}") from error
     except (ImportError, OSError, RuntimeError) as error:
         raise EngineError(f"the engine library {name} cannot be loaded ({error}): install it again ({INSTALL[name]})") from error
+
+
+def make_logger(library: Any, log: BuildLog) -> Any:
+    """The library's logger; everything in it goes to `log`."""
+
+    class Logger(library.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.read(int(severity), message)
+
+    return Logger()
+
+
+@functools.cache
+def running_logger(library: Any) -> tuple[Any, BuildLog]:
+    """The logger for running engines, and what it collects: one in a process, since a library keeps the first that it is given."""
+    log = BuildLog()
+    return make_logger(library, log), log
 
 
 def set_capabilities(library: Any, config: Any, capabilities: Sequence[int]) -> None:

@@ -45,6 +45,10 @@ class BuildLog:
             self._attention[subgraph] += bool(_ATTENTION.match(layer[1]))
             self._copies[subgraph] += bool(_COPY.match(layer[1]))
 
+    def forget_errors(self) -> None:
+        """Starts `failure` anew."""
+        self._errors.clear()
+
     @property
     def attention_kernels(self) -> tuple[int, ...]:
         """Fused attention kernels of each compiled subgraph, in order; empty where no layers were listed."""

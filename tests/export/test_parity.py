@@ -17,6 +17,7 @@ from export.tolerances import RELATIVE
 from export.verify import _selection_checks, synthetic_images, verify
 from runtime import names
 from runtime.generation import Stopwatch
+from runtime.host_executor import HostExecutor
 from runtime.pipeline import VisionLanguageModel, load
 from tests.models import tiny_llava_checkpoint
 
@@ -102,11 +103,13 @@ def test_debug_outputs_are_every_layers_hidden_states_and_every_rows_logits(tmp_
     ids, rows = prompt.ids.input_ids, np.flatnonzero(prompt.ids.visual_mask)
     expected = EagerPrunedLlava(checkpoint, 2, None).prefill(_ids(prompt), _pixels(prompt), kept_indices=kept)
     conversation, positions = chain.new_conversation(len(ids), len(ids)), np.arange(len(ids))
-    embeds = chain.embed(ids, rows, prompt.pixel_values, Stopwatch())
-    taps = chain.run_half(names.PRE_ECL, embeds, positions, conversation.pre, [names.tap(0), names.tap(1)])
+    host = chain.executor
+    assert isinstance(host, HostExecutor)
+    embeds = host.embed(ids, rows, prompt.pixel_values, Stopwatch())
+    taps = host.run_half(names.PRE_ECL, embeds, positions, conversation.pre, [names.tap(0), names.tap(1)])
     stays = np.setdiff1d(positions, np.delete(rows, kept))
     hidden = np.ascontiguousarray(taps[1][:, stays])
-    taps += chain.run_half(names.POST_ECL, hidden, positions[stays], conversation.post, [names.tap(2), names.tap(3), names.ALL_LOGITS])
+    taps += host.run_half(names.POST_ECL, hidden, positions[stays], conversation.post, [names.tap(2), names.tap(3), names.ALL_LOGITS])
     for layer in range(4):
         assert relative_error(taps[layer][0], expected.layer_states[layer]) <= RELATIVE["hidden_states", "fp32"]
     assert relative_error(taps[4][0], expected.logits) <= RELATIVE["logits", "fp32"]

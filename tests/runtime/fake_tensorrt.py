@@ -25,15 +25,17 @@ def recorded() -> dict[str, Names]:
     return {key: value for key, value in raw.items() if key != "about"}
 
 
-def fake_library(key: str, names: Names) -> ModuleType:
-    """The module that `key` ("library version") would be."""
+def fake_library(key: str, names: Names, more: Mapping[str, type] | None = None) -> ModuleType:
+    """The module that `key` ("library version") would be; `more` has further classes' behaviour."""
     name, version = key.split()
     module = ModuleType(name)
-    module.__dict__.update({"__version__": version, **{cls: _limited(cls, names[cls], module) for cls in names}})
+    behaviour = {**_BEHAVIOUR, **(more or {})}
+    classes = {cls: _limited(cls, names[cls], module, behaviour) for cls in names}
+    module.__dict__.update({"__version__": version, **classes})
     return module
 
 
-def _limited(name: str, allowed: Sequence[str], module: ModuleType) -> type:
+def _limited(name: str, allowed: Sequence[str], module: ModuleType, behaviour: Mapping[str, type]) -> type:
     """The class of that name with no more attributes than the recorded ones."""
 
     def set_attribute(self: Any, attribute: str, value: Any) -> None:
@@ -41,9 +43,9 @@ def _limited(name: str, allowed: Sequence[str], module: ModuleType) -> type:
             raise AttributeError(f"{name} of {module.__name__} {module.__dict__['__version__']} has no {attribute}")
         object.__setattr__(self, attribute, value)
 
-    base = _BEHAVIOUR.get(name, object)
+    base = behaviour.get(name, object)
     missing = {a: _Missing(name) for a in dir(base) if not a.startswith("_") and a not in allowed}
-    enumerators = {} if name in _BEHAVIOUR else {a: i for i, a in enumerate(allowed)}
+    enumerators = {} if name in behaviour else {a: i for i, a in enumerate(allowed)}
     own = {} if name == "IHostMemory" else {"__setattr__": set_attribute}
     return type(name, (base,), {**enumerators, **missing, **own, "_module": module})
 

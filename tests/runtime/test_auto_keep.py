@@ -17,6 +17,7 @@ from runtime.budgets import choose_budget, kept_mass
 from runtime.conversation import ImageGroup, ImageSpan
 from runtime.errors import UsageError
 from runtime.generation import Generation
+from runtime.host_executor import HostExecutor, HostRows
 from runtime.manifest import read_manifest
 from runtime.pipeline import VisionLanguageModel, load
 
@@ -126,7 +127,10 @@ def test_a_group_between_two_budgets_is_scored_by_the_one_that_fits_in(model: Vi
     states = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
     group = ImageGroup((ImageSpan(3, 9, ""),), 0)
     for threshold, chosen, kept in ((1e-6, 2, 2), (1.0, 8, 6)):
-        selection = at(model, threshold).chain._score(group, "auto", states, states, np.arange(3, 9))
+        chain = at(model, threshold).chain
+        assert isinstance(chain.executor, HostExecutor)
+        new = HostRows(chain.executor, np.arange(3, 9), states[None], states[None])
+        selection = chain._score(group, "auto", 6, lambda budget, new=new: new.score(budget, np.arange(6), 0, 0))  # type: ignore[misc]
         assert (selection.budget, selection.chosen, len(selection.kept_indices)) == ("auto", chosen, kept)
         assert selection.token_entropy is not None
         assert len(selection.token_entropy) == 6

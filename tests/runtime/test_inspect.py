@@ -229,3 +229,15 @@ def test_a_verify_json_that_is_none_is_told(text: str, bundle: Path) -> None:
     found = inspect_bundle(bundle).verification
     assert found.passed is None
     assert found.words.startswith("it cannot be read: python -m export.verify")
+
+
+# ---------------------------------------------------------------- what runs here
+
+
+def test_it_says_which_libraries_can_run_it_here_and_what_is_missing(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main([str(tiny_bundle), "--no-hashes", "--json"]) == 0
+    out = capsys.readouterr().out
+    text = out[out.index("Runs on this machine with") :]
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    assert "is installed, on the CPU" in text.splitlines()[1]
+    assert [backend["library"] for backend in json.loads(out.splitlines()[-1])["backends"]] == ["tensorrt", "tensorrt_rtx"]

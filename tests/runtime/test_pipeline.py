@@ -25,6 +25,7 @@ from runtime.generation import Generation
 from runtime.pipeline import VisionLanguageModel, load
 from runtime.state import PromptState
 from tests.models import tiny_llava_checkpoint
+from tests.runtime.host_device import host
 
 N = 16  # visual tokens of one image
 QUESTION = "what is at row 2 column 3?"
@@ -332,7 +333,7 @@ def test_a_state_survives_an_answer_that_breaks_half_way(
     expected, state, run_half, left = (
         ask(),
         model.prefill([{"role": "user", "content": [{"type": "image"}]}], [picture()]),
-        model.chain.run_half,
+        host(model).run_half,
         [calls],
     )
 
@@ -342,7 +343,7 @@ def test_a_state_survives_an_answer_that_breaks_half_way(
             raise KeyboardInterrupt
         return run_half(name, *args)
 
-    monkeypatch.setattr(model.chain, "run_half", broken)
+    monkeypatch.setattr(model.chain.executor, "run_half", broken)
     with pytest.raises(KeyboardInterrupt):
         ask(state)
     monkeypatch.undo()
@@ -366,7 +367,7 @@ def test_threads_get_the_answers_that_one_thread_gets(model: VisionLanguageModel
 
 
 def test_engines_run_one_call_at_a_time(model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_half, running, most = model.chain.run_half, [0], [0]
+    run_half, running, most = host(model).run_half, [0], [0]
 
     def watched(*args: Any) -> Any:
         running[0] += 1
@@ -375,7 +376,7 @@ def test_engines_run_one_call_at_a_time(model: VisionLanguageModel, monkeypatch:
         running[0] -= 1
         return run_half(*args)
 
-    monkeypatch.setattr(model.chain, "run_half", watched)
+    monkeypatch.setattr(model.chain.executor, "run_half", watched)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda seed: model.generate(QUESTION, [picture(seed)], max_new_tokens=8, eos_token_ids=()), range(4)))
     assert most == [1]

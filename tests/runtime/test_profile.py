@@ -25,6 +25,7 @@ from runtime.pipeline import VisionLanguageModel, load
 from runtime.profile_report import STAGES, ColdStart, Memory, Profile, Subject, describe, make_profile
 from runtime.profile_runs import ImageSupply, Profiler, Round, Run, messages, synthetic_image, usual_question
 from runtime.profile_statistics import Distribution, Ratio, paired_ratio
+from tests.runtime.host_device import host
 
 N = 16  # visual tokens of one image
 KEEP = 4
@@ -129,7 +130,7 @@ def test_the_clock_tells_prefill_from_decode() -> None:
 
 
 def test_timing_changes_no_answer_and_leaves_the_chain_as_it_was(model: VisionLanguageModel) -> None:
-    engines = dict(model.chain._engines)
+    engines = dict(host(model).engines)
     inside = {name: dict(vars(engine)) for name, engine in engines.items()}
     plain = model.generate("read row 2.", [synthetic_image(1)], max_new_tokens=5, eos_token_ids=())
     with timed_engines(model.chain) as clock:
@@ -140,15 +141,15 @@ def test_timing_changes_no_answer_and_leaves_the_chain_as_it_was(model: VisionLa
     for part, whole_ms in ((prefill, timed.ttft_ms), (decode, timed.stages_ms["decode"])):
         assert part.library_ms is not None
         assert 0 < part.library_ms <= part.run_ms <= whole_ms
-    assert model.chain._engines == engines
-    assert {name: dict(vars(engine)) for name, engine in model.chain._engines.items()} == inside
+    assert host(model).engines == engines
+    assert {name: dict(vars(engine)) for name, engine in host(model).engines.items()} == inside
 
 
 def test_the_chain_is_as_it_was_after_an_error_too(model: VisionLanguageModel) -> None:
-    engines = dict(model.chain._engines)
+    engines = dict(host(model).engines)
     with pytest.raises(ValueError, match="stop"), timed_engines(model.chain):
         raise ValueError("stop")
-    assert model.chain._engines == engines
+    assert host(model).engines == engines
 
 
 # ---------------------------------------------------------------- images and question
@@ -260,7 +261,7 @@ def constructed(manifest: Manifest, pairs: int = 20, library: bool = True, memor
     rounds = [Round(run(8.0, 1.0, i), run(16.0, 0.0, i), 1.2 * (1 + i % 3), 20) for i in range(pairs)]
     machine = Machine("A CPU", 4, 2, 0.5, "Linux", "3.11.0", "1.0.0", "2.0.0", "0.1.0", "2026-01-01T00:00:00+00:00")
     images = ImageSupply(tuple(Path(f"{i}.png") for i in range(distinct)) if distinct < pairs else ())
-    subject = Subject.of(Path("bundles/b"), manifest, KEEP, "what?", images, rounds, 5)
+    subject = Subject.of(Path("bundles/b"), manifest, KEEP, "what?", images, rounds, 5, "cpu")
     return make_profile(subject, manifest, rounds, ColdStart(300.0, 100.0, 50.0), memory, machine)
 
 
