@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,22 @@ def llava_7b() -> DecoderSpec:
 
 
 def build(spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path) -> tuple[BuiltEngine, int, tuple[int, ...]]:
-    """Exports one half with random weights and builds its engine; also returns the weight file's bytes and the copies in each profile."""
+    """`build_with` the profiles that a bundle's engines have."""
+    visual = VISUAL_TOKENS if half.score_states else KEPT_TOKENS
+    rows = {
+        "prefill": (visual, visual + 64, VISUAL_TOKENS + TEXT_TOKENS), "append": (1, 64, TEXT_TOKENS), "decode": (1, 1, decode_rows),
+    }  # fmt: skip
+    return build_with(spec, half, rows, folder)
+
+
+def build_with(
+    spec: DecoderSpec, half: HalfSpec, rows: Mapping[str, tuple[int, int, int]], folder: Path, capabilities: Sequence[int] = CAPABILITIES
+) -> tuple[BuiltEngine, int, tuple[int, ...]]:
+    """Exports one half with random weights and builds its engine; also returns the weight file's bytes and the copies in each profile.
+
+    Args:
+        rows: the smallest, usual and largest number of new rows of each profile.
+    """
     import numpy as np
 
     from export.graphs.decoder import build_decoder_half
@@ -67,12 +82,8 @@ def build(spec: DecoderSpec, half: HalfSpec, decode_rows: int, folder: Path) -> 
         builder = build_decoder_half(spec, half, read, weights, spec.max_positions)
         size = weights.info().bytes
     builder.save(folder / "half.onnx")
-    visual = VISUAL_TOKENS if half.score_states else KEPT_TOKENS
-    rows = {
-        "prefill": (visual, visual + 64, VISUAL_TOKENS + TEXT_TOKENS), "append": (1, 64, TEXT_TOKENS), "decode": (1, 1, decode_rows),
-    }  # fmt: skip
     profiles = tuple(make_profile(half.name, builder.inputs, n, {"sequence": r, "capacity": (CAPACITY,) * 3}) for n, r in rows.items())
-    job = EngineSpec(half.name, str(folder / "half.onnx"), str(folder / "half.engine"), LIBRARY, CAPABILITIES, profiles)
+    job = EngineSpec(half.name, str(folder / "half.onnx"), str(folder / "half.engine"), LIBRARY, tuple(capabilities), profiles)
     log = BuildLog()
     return build_engine(job, log), size, log.copy_layers
 
