@@ -154,17 +154,20 @@ def verify_targets(
     """As `verify`, for the graphs of all of a bundle's targets that ONNX Runtime runs on a CPU: one report, its checks named by target
     where there are several.
     """
+    from runtime.manifest import read_manifest
     from runtime.pipeline import VisionLanguageModel
 
-    whole = model.manifest
-    reports = {whole.target: verify(model, reference, images, selection_images)}
-    for target in whole.targets[1:]:
+    whole, reports = read_manifest(model.bundle), dict[str, dict[str, Any]]()
+    for target in whole.targets:
         variant = whole.variant(target)
-        if variant.precision in ("fp32", "fp16"):
+        if target == model.manifest.target:
+            reports[target] = verify(model, reference, images, selection_images)
+        elif variant.precision in ("fp32", "fp16"):
             reports[target] = verify(VisionLanguageModel(model.bundle, variant), reference, images, selection_images)
         else:
             print(f"target {target} was not compared: ONNX Runtime runs no {variant.precision} on a CPU", file=sys.stderr)
-    return _merged(reports) if len(reports) > 1 else reports[whole.target]
+    report = _merged(reports) if len(reports) > 1 else next(iter(reports.values()))
+    return {**report, "bundle": {**report["bundle"], "manifest_sha256": whole.export_sha256()}}
 
 
 def _merged(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -233,7 +233,8 @@ def test_precisions_go_to_the_targets_in_order(tiny_checkpoint: Path) -> None:
      (["--target", "cpu,rtx", "--precision", "fp16"], "--precision fp16 is not offered for target cpu: choose one of fp32"),
      (["--target", "cpu,rtx", "--precision", "fp32,fp16,fp16"], "--precision fp32,fp16,fp16 has 3 for 2 targets: give one for each"),
      (["--target", "cpu,rtx", "--device-memory", "600MB"], "needs .* GB, and rtx has .* GB for it"),
-     (["--target", "jetson-orin,jetson-thor", "--device-memory", "16GB"], "does not go with target jetson-agx-orin-64gb")],
+     (["--target", "jetson-orin,jetson-thor", "--device-memory", "16GB"], "does not go with target jetson-agx-orin-64gb"),
+     (["--target", "cpu,rtx", "--precision", "fp32,int4"], "building int4 is not implemented yet")],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(more: list[str], message: str, refused: Refused) -> None:
     refused(build, refused.site.build("--keep", "4", "--split-layer", "2", "--max-context", "128", *more), message)
