@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.gpu.random_checkpoint import random_checkpoint, real_shape, small_shape
 from benchmarks.gpu.settings import SPLIT_LAYER, Settings
 from runtime.errors import EngineError, UsageError
 
@@ -21,13 +22,10 @@ ENGINE_TEXT_TOKENS: Final = 256
 
 def export_bundle(settings: Settings) -> dict[str, Any]:
     """Piece `bundles`: exports the measured bundle."""
-    if settings.rehearse:
-        from tests.models import tiny_llava_checkpoint
-
-        checkpoint = tiny_llava_checkpoint(settings.work / "checkpoint", seed=settings.seed, image_size=56)
-        source = ["--checkpoint", str(checkpoint), "--max-context", "256"]
-    else:
-        source = ["--random-weights", str(settings.seed)]
+    shape = small_shape() if settings.rehearse else real_shape()
+    dtype = "float32" if settings.rehearse else "float16"
+    checkpoint = random_checkpoint(settings.work / "checkpoint", shape, settings.seed, dtype)
+    source = ["--checkpoint", str(checkpoint), *(["--max-context", "256"] if settings.rehearse else [])]
     keeps = ",".join(map(str, settings.budgets))
     made = build(settings.bundle, "llava15", settings.precision, ["--split-layer", str(SPLIT_LAYER), "--keep", keeps, *source])
     return {**made, "said": f"{made['bytes'] / 1e9:.2f} GB exported in {made['export_seconds']:.0f} s"}
