@@ -152,7 +152,7 @@ def document(record: Record) -> str:
         "| word | means |",
         "|---|---|",
         "| built here | an engine for the target's chips was built, on any x86-64 machine |",
-        "| parsed here, built on device | operators and types are TensorRT 10.1's; TensorRT for RTX built it for SM86, as a rehearsal |",
+        "| parsed here, built on device | its operators and types are TensorRT 10.1's; TensorRT for RTX built it for SM86 as rehearsal |",
         "| exported here | an ONNX graph; nothing is compiled |",
         "| refused | a build ends with this reason before it writes anything |", "",
         f"| target | precision | {' | '.join(GRAPHS)} |", f"|---|---|{'---|' * len(GRAPHS)}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from export.build import build_bundle
-from export.graphs import decoder
 from export.graphs.kv_write import APPEND
 from export.plan import BuildOptions, make_plan
 from runtime import names
@@ -40,16 +38,11 @@ def export(folder: Path, checkpoint: Path, *, precision: str = "fp32", append: b
         "llava15", target="cpu" if precision == "fp32" else "cuda", precision=precision, checkpoint=str(checkpoint), keep=(4, 2, 8),
         split_layer=2, max_context=512, auto_keep=0.6 if score_mode != "random" else None, score_mode=score_mode,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        if append:
-            for half in ("pre_ecl", "post_ecl"):
-                patch.setattr(decoder, half, _appending(getattr(decoder, half)))
-        build_bundle(make_plan(options), folder)
+    plan = make_plan(options)
+    if append:
+        plan = dataclasses.replace(plan, target=dataclasses.replace(plan.target, kv_write=APPEND))
+    build_bundle(plan, folder)
     return folder
-
-
-def _appending(half: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **options: half(*args, **{**options, "kv_write": APPEND})
 
 
 @pytest.fixture(scope="module")
